@@ -1,0 +1,29 @@
+# `make demo` and `make test` need only Python 3.11 or 3.12 and make; each sets up .venv once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-all lint clean
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,perceptual]'
+	touch $@
+
+test: $(VENV)/.done lint
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.done lint
+	$(BIN)/python -m pytest -n 2 -m ''
+
+lint: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(VENV)/.done
+	$(BIN)/python -m tools.demo
+
+clean:
+	rm -rf $(VENV) demo

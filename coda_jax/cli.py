@@ -1,0 +1,203 @@
+"""What every command shares: exit codes, one-line errors, quiet libraries, config flags.
+
+Exit codes: 0 done, 1 failed with one line on stderr (`--debug` adds the traceback),
+2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import logging
+import os
+import pathlib
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+
+from coda_jax.errors import UserError
+
+# The C++ parts of XLA, gRPC and libtpu read these once, when the first backend starts.
+_QUIET_ENVIRONMENT = {
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  "GRPC_VERBOSITY": "NONE",
+  "GLOG_minloglevel": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+  "TPU_MIN_LOG_LEVEL": "3",
+}
+_QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL")
+_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class UsageError(Exception):
+  """A command line that its parser could not know to be wrong: exit code 2."""
+
+
+def main(
+  run: Callable[[argparse.Namespace], int | None],
+  parser: argparse.ArgumentParser,
+  argv: Sequence[str] | None = None,
+  *,
+  config: bool = False,
+) -> None:
+  """Parses the command line, calls `run(args)` and exits with the right code.
+
+  Args:
+    run: the command; returns None or an exit code.
+    parser: its options; `--debug` is understood anywhere on the command line.
+    argv: arguments without the program's name; `sys.argv[1:]` by default.
+    config: adds `--config=FILE.py[:ARG]` and the overrides `--config.key.subkey=value`;
+      `args.config` is then the `ml_collections.ConfigDict` with the overrides applied, locked.
+
+  Raises:
+    SystemExit: always. `run` may raise UserError (1) or UsageError (2).
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  debug = (
+    "--debug" in argv
+  )  # by hand: argparse would take it only before or only after a subcommand
+  argv = [a for a in argv if a != "--debug"]
+  parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+  parser.allow_abbrev = False
+  if config:
+    parser.add_argument(
+      "--config",
+      metavar="FILE.py[:ARG]",
+      required=True,
+      help="settings; --config.key.subkey=value overrides one",
+    )
+  if not debug:
+    quiet()
+  sys.exit(_exit_code(lambda: _run(run, parser, argv, config), debug))
+
+
+def _run(run, parser, argv, config):
+  if config:
+    args, overrides = parser.parse_known_args(argv)
+    for arg in overrides:
+      if arg.startswith("-") and not arg.lstrip("-").removeprefix("no").startswith("config."):
+        parser.error(f"unrecognized argument: {arg}")
+    args.config = load_config(args.config, overrides, parser.error)
+  else:
+    args = parser.parse_args(argv)
+  try:
+    return run(args)
+  except UsageError as e:
+    parser.error(str(e))
+
+
+def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None = None):
+  """The `ConfigDict` of `FILE.py[:ARG]` with `--config.key=value` overrides applied, locked.
+
+  Args:
+    spec: the file defines `get_config()` or `get_config(arg)`.
+    overrides: command-line words, for example `["--config.seed=1"]`.
+    error: called with one line when an override names an unknown key or has a wrong type;
+      raises UserError by default.
+
+  Raises:
+    UserError: no such file, no `get_config`, or an argument that it does not take.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  path, _, arg = spec.partition(":")
+  if not pathlib.Path(path).is_file():
+    raise UserError(f"{path}: no such config file")
+  loader = importlib.util.spec_from_file_location("coda_jax_config", path)
+  if loader is None:
+    raise UserError(f"{path}: a config file is Python and its name ends in .py")
+  module = importlib.util.module_from_spec(loader)
+  loader.loader.exec_module(module)
+  get_config = getattr(module, "get_config", None)
+  if get_config is None:
+    raise UserError(f"{path}: defines no function get_config")
+  args = [arg] if arg else []
+  try:
+    inspect.signature(get_config).bind(*args)
+  except TypeError:
+    wanted = "takes no argument" if args else "needs an argument"
+    raise UserError(
+      f"{path}: get_config {wanted}: use --config={path}{'' if args else ':ARG'}"
+    ) from None
+  config = get_config(*args)
+
+  def fail(message):
+    if error is not None:
+      error(message)
+    raise UserError(message)
+
+  for word in overrides:
+    _check_key(word, config, fail)
+  values = flags.FlagValues()  # our own: absl's global one is full of other libraries' flags
+  words = ["coda_jax", *overrides]
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+    rest = values(words)[1:]
+  except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as e:
+    fail(_one_line(e))
+  if rest:
+    fail(f"unrecognized argument: {rest[0]}")
+  return config
+
+
+def _check_key(word: str, config, fail: Callable[[str], None]) -> None:
+  """Names the first part of `--config.a.b=value` that the config does not have."""
+  path = word.partition("=")[0].lstrip("-").removeprefix("no").removeprefix("config.")
+  if not word.startswith("-") or "[" in path:  # a value, or an index: ml_collections checks it
+    return
+  for part in path.split("."):
+    known = list(config.keys()) if hasattr(config, "keys") else []
+    if part not in known:
+      fail(f"{word}: no config key {part!r}; known here: {', '.join(known) or 'none'}")
+    config = config[part]
+
+
+def quiet() -> None:
+  """Silences what libraries print by themselves; the `coda_jax` logger writes to stderr."""
+  for name, value in _QUIET_ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  for name in _QUIET_LOGGERS:
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore")
+  log = logging.getLogger("coda_jax")
+  log.setLevel(logging.INFO)
+  if not log.handlers:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+
+
+def _exit_code(call: Callable[[], int | None], debug: bool) -> int:
+  try:
+    return call() or 0
+  except BrokenPipeError:  # the reader of our output left, for example `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except (Exception, KeyboardInterrupt) as e:
+    if debug:
+      traceback.print_exc()
+    print(f"error: {describe(e)}", file=sys.stderr, flush=True)
+    return _INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1
+
+
+def describe(e: BaseException) -> str:
+  """One line about a failure that tells the user what to do."""
+  if isinstance(e, KeyboardInterrupt):
+    return "interrupted"
+  cause = e
+  while cause is not None:
+    if isinstance(cause, UserError):
+      return _one_line(cause)
+    cause = cause.__cause__
+  if isinstance(e, OSError) and e.strerror:
+    return f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
+  text = _one_line(e)
+  if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return f"out of memory or disk space: {text}" if text else "out of memory"
+  return f"{type(e).__name__}: {text} (--debug shows where)"
+
+
+def _one_line(e) -> str:
+  return " ".join(str(e).split())

@@ -1,0 +1,83 @@
+"""How a tokenizer uses its codebook: counts of every code at every level and their summaries."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Integer
+
+
+def count_codes(ids: Sequence[Int[Array, "..."]], codebook_size: int) -> Int[Array, "levels v"]:
+  """How often each level uses each code, on the device (jit-friendly)."""
+  return jnp.stack([jnp.bincount(jnp.ravel(level), length=codebook_size) for level in ids])
+
+
+def code_age(
+  age: Integer[jax.Array | np.ndarray, "v"], counts: Integer[jax.Array | np.ndarray, "v"]
+) -> Integer[jax.Array | np.ndarray, "v"]:
+  """Steps since each code was last used, given the ages before a step and the step's counts."""
+  return (age + 1) * (counts == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookUsage:
+  """Counts [levels, V], int64. `merge` adds those of other images or other hosts."""
+
+  counts: Integer[np.ndarray, "levels v"]
+
+  @classmethod
+  def empty(cls, levels: int, codebook_size: int) -> "CodebookUsage":
+    return cls(np.zeros((levels, codebook_size), np.int64))
+
+  @classmethod
+  def of(
+    cls, ids: Sequence[Integer[np.ndarray | jax.Array, "..."]], codebook_size: int
+  ) -> "CodebookUsage":
+    """Usage of one batch: `ids` per level, any shape."""
+    levels = [np.bincount(np.ravel(level), minlength=codebook_size) for level in ids]
+    return cls(np.stack(levels).astype(np.int64))
+
+  def merge(self, other: "CodebookUsage") -> "CodebookUsage":
+    return CodebookUsage(self.counts + other.counts)
+
+  @property
+  def overall(self) -> np.ndarray:
+    """Counts of each code over all levels [V]."""
+    return self.counts.sum(axis=0)
+
+  @property
+  def utilization(self) -> float:
+    """Fraction of the codes that some level used."""
+    return float(np.mean(self.overall > 0))
+
+  @property
+  def level_utilization(self) -> np.ndarray:
+    """Fraction of the codes that each level used [levels]."""
+    return np.mean(self.counts > 0, axis=1)
+
+  @property
+  def perplexity(self) -> float:
+    """exp of the entropy of the codes' frequencies over all levels: V if all are used alike."""
+    return float(_perplexity(self.overall[None])[0])
+
+  @property
+  def level_perplexity(self) -> np.ndarray:
+    """The same per level [levels]."""
+    return _perplexity(self.counts)
+
+  @property
+  def tokens_per_code(self) -> float:
+    """Tokens counted / codes. Below a few, utilization says nothing: state this beside it."""
+    return float(self.counts.sum() / self.counts.shape[1])
+
+  @property
+  def level_tokens_per_code(self) -> np.ndarray:
+    """The same per level [levels]."""
+    return self.counts.sum(axis=1) / self.counts.shape[1]
+
+
+def _perplexity(counts: np.ndarray) -> np.ndarray:
+  p = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  return np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1))

@@ -1,0 +1,521 @@
+"""The HTML report on one or more tokenizers: one file that needs neither network nor server."""
+
+import base64
+import dataclasses
+import html
+import io
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from coda_jax.evaluation import figures
+from coda_jax.evaluation.codebook import CodebookUsage
+from coda_jax.evaluation.reconstruction import Quality, ReconstructionMetrics
+from coda_jax.models.tokenizer import TokenizerConfig
+
+_VECTOR_ENTRY = re.compile(r"(.+)/(?:level_)?(\d+)")
+_NOT_CURVES = ("kind", "step", "steps_per_second", "images_per_second", "tokens_per_code")
+_FIRST_CURVES = ("psnr", "ssim", "lpips", "loss", "nll", "l1", "mse")
+_LABELS = {
+  "psnr": "PSNR (dB), higher is better",
+  "ssim": "SSIM, higher is better",
+  "lpips": "LPIPS, lower is better",
+  "error": "quantization error (% of variance)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+  """Vectors for the pictures of latent space, of a few images.
+
+  Attributes:
+    continuous: [N, C] latents.
+    quantized: [L, N, C] what 1 to L levels make of them.
+    level_inputs: [n, C] per level, what it looks up.
+    values: [V, C] what each code stands for.
+    counts: [levels, V] how often the same images use each code.
+  """
+
+  continuous: np.ndarray
+  quantized: np.ndarray
+  level_inputs: Sequence[np.ndarray]
+  values: np.ndarray
+  counts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What was measured of one tokenizer.
+
+  Attributes:
+    name: as the report calls it.
+    config: the tokenizer's.
+    metrics: on every image.
+    usage: codes counted for utilization, and `usage_source`, in words, on what.
+    level_quality: likeness with 1 to L levels, on a sample of the images.
+    pictures: uint8 [n, L, H, W, 3] the first n images of the sample with 1 to L levels.
+    latents: for the pictures of latent space.
+    history: records of `metrics.jsonl`, or none.
+  """
+
+  name: str
+  config: TokenizerConfig
+  metrics: ReconstructionMetrics
+  usage: CodebookUsage
+  usage_source: str
+  level_quality: Sequence[Quality]
+  pictures: np.ndarray
+  latents: Latents
+  history: Sequence[Mapping] = ()
+
+  @property
+  def relative_errors(self) -> np.ndarray:
+    """Quantization error after each level as a fraction of the latents' variance [L]."""
+    return self.metrics.level_errors.mean(axis=0, dtype=np.float64) / self.metrics.latent_variance
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of an image of the training size."""
+    return self.config.quantizer.tokens
+
+  @property
+  def bits_per_pixel(self) -> float:
+    bits = self.tokens * math.log2(self.config.quantizer.codebook_size)
+    return bits / self.config.image_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What all runs are compared with.
+
+  Attributes:
+    data: where the images come from and how they were cut, in words.
+    quality: likeness of the continuous VAE's reconstructions, on every image.
+    sample_quality: the same on the sample for which single levels are looked at.
+    originals, continuous: uint8 [n, H, W, 3] the first n images of the sample, to be shown, and
+      the VAE's reconstructions of them.
+    lpips_note: why there is no LPIPS, or "".
+  """
+
+  data: str
+  quality: Quality
+  sample_quality: Quality
+  originals: np.ndarray
+  continuous: np.ndarray
+  lpips_note: str = ""
+
+
+def write_report(
+  path: pathlib.Path, title: str, runs: Sequence[Run], reference: Reference
+) -> list[pathlib.Path]:
+  """Writes the report to `path` and its pictures as PNG files beside it.
+
+  Args:
+    path: of the HTML file, in an existing folder.
+    title: of the report.
+    runs: the first is the one that the report is about, the others are compared with it.
+    reference: images and the continuous VAE.
+
+  Returns:
+    The files written.
+  """
+  written = []
+
+  def picture(name: str, image: Figure | Image.Image, alt: str) -> str:
+    data = _png(image)
+    file = path.with_name(name)
+    file.write_bytes(data)
+    written.append(file)
+    code = base64.b64encode(data).decode()
+    return f'<img src="data:image/png;base64,{code}" alt="{html.escape(alt)}">'
+
+  sections = [
+    _overview(runs, reference),
+    _reconstructions(runs, reference, picture),
+    _levels(runs, reference, picture),
+    _usage(runs, picture),
+    _latent_space(runs, picture),
+    _training(runs, picture),
+    _method(runs, reference),
+  ]
+  body = "\n".join(filter(None, sections))
+  path.write_text(
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
+    f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main></body></html>\n"
+  )
+  return [path, *written]
+
+
+def _png(image: Figure | Image.Image) -> bytes:
+  buffer = io.BytesIO()
+  if isinstance(image, Figure):
+    image.savefig(buffer, format="png", dpi=160, facecolor="white")
+  else:
+    image.save(buffer, format="png", optimize=True)
+  return buffer.getvalue()
+
+
+def _overview(runs, reference) -> str:
+  run = runs[0]
+  ours, vae = run.metrics.quality.means(), reference.quality.means()
+  gap = vae["psnr"] - ours["psnr"]
+  below = f"{gap:.2f} dB below" if gap >= 0 else f"{-gap:.2f} dB above"
+  lead = (
+    f"{_bold(run)} turns an image of {run.config.image_size} × "
+    f"{run.config.image_size} pixels into {run.tokens} tokens from a codebook of "
+    f"{run.config.quantizer.codebook_size:,}. On {run.metrics.count} images it reaches "
+    f"{ours['psnr']:.2f} dB PSNR, {below} the continuous VAE it was made from."
+  )
+  cards = [
+    ("PSNR", f"{ours['psnr']:.2f} dB", f"continuous VAE {vae['psnr']:.2f} dB"),
+    ("SSIM", f"{ours['ssim']:.3f}", f"continuous VAE {vae['ssim']:.3f}"),
+  ]
+  if "lpips" in ours:
+    cards.append(("LPIPS", f"{ours['lpips']:.3f}", f"continuous VAE {vae['lpips']:.3f}"))
+  cards += [
+    (
+      "Codes used",
+      _percent(run.usage.utilization),
+      f"on {_number(run.usage.tokens_per_code)} tokens per code",
+    ),
+    ("Tokens per image", f"{run.tokens:,}", f"{run.bits_per_pixel:.2f} bits per pixel"),
+  ]
+  shown = "".join(
+    f'<div class="card"><div class="what">{w}</div><div class="value">{v}</div>'
+    f'<div class="note">{n}</div></div>'
+    for w, v, n in cards
+  )
+  return (
+    f'<p class="lead">{lead}</p><div class="cards">{shown}</div>\n'
+    f"<h2>Compared</h2>{_comparison(runs, reference)}"
+  )
+
+
+def _comparison(runs, reference) -> str:
+  has_lpips = reference.quality.lpips is not None
+  head = ["", "PSNR (dB) ↑", "SSIM ↑", *(["LPIPS ↓"] if has_lpips else [])]
+  head += ["Quantization error ↓", "Codes used ↑", "Codebook", "Tokens per image"]
+
+  def row(name, quality):
+    means = quality.means()
+    cells = [name, f"{means['psnr']:.2f}", f"{means['ssim']:.4f}"]
+    return [*cells, f"{means['lpips']:.4f}"] if has_lpips else cells
+
+  rows = [[*row("continuous VAE", reference.quality), "–", "–", "–", "–"]]
+  for run in runs:
+    rows.append(
+      [
+        *row(run.name, run.metrics.quality),
+        _percent(run.relative_errors[-1]),
+        _percent(run.usage.utilization),
+        f"{run.config.quantizer.codebook_size:,}",
+        f"{run.tokens:,}",
+      ]
+    )
+  notes = [
+    f"Means over the same {runs[0].metrics.count} images. Quantization error: mean squared error "
+    "of the latents after the last level, as a share of their variance."
+  ]
+  notes += [_difference(runs[0], other) for other in runs[1:]]
+  if reference.lpips_note:
+    notes.append(html.escape(reference.lpips_note))
+  return _table(head, rows) + "".join(f"<p>{n}</p>" for n in notes)
+
+
+def _difference(run: Run, other: Run) -> str:
+  """How far apart two runs are, image by image, with the standard error of the mean."""
+  a, b = run.metrics.quality, other.metrics.quality
+  gain = a.psnr - b.psnr
+  word = "higher" if gain.mean() >= 0 else "lower"
+  error = f" (± {_standard_error(gain):.2f})" if len(gain) > 1 else ""
+  text = f"Against {_bold(other)}, image by image: PSNR is {abs(gain.mean()):.2f} dB{error} {word}"
+  if a.lpips is not None:
+    change = a.lpips.mean() / b.lpips.mean() - 1
+    text += f", LPIPS {abs(change):.0%} {'higher' if change > 0 else 'lower'}"
+  if error:
+    text += "; in brackets the standard error over images"
+  return text + "."
+
+
+def _standard_error(x: np.ndarray) -> float:
+  return float(x.std(ddof=1) / len(x) ** 0.5)
+
+
+def _reconstructions(runs, reference, picture) -> str:
+  count = len(reference.originals)
+  columns = ["original", "continuous VAE", *(run.name for run in runs)]
+  rows, captions = [], []
+  for i in range(count):
+    rows.append(
+      [reference.originals[i], reference.continuous[i], *(run.pictures[i, -1] for run in runs)]
+    )
+    values = [reference.sample_quality.psnr[i], *(r.level_quality[-1].psnr[i] for r in runs)]
+    captions.append(["", *(f"{v:.1f} dB" for v in values)])
+  blocks = 2 if len(columns) <= 4 else 1
+  grid = figures.image_grid(rows, columns, captions, blocks=blocks)
+  image = picture("grid.png", grid, "originals and reconstructions")
+  text = (
+    f"{_some(count, runs[0].metrics.count)}. Below each reconstruction its "
+    "PSNR. The continuous VAE encodes and decodes without quantization and without adapters; "
+    "it is what a tokenizer made from it can hope to reach. Pixels are enlarged, not smoothed."
+  )
+  return f"<h2>Reconstructions</h2>{_figure(image, text)}"
+
+
+def _levels(runs, reference, picture) -> str:
+  run = runs[0]
+  shown = min(4, len(run.pictures))
+  levels = len(run.level_quality)
+  grid = figures.image_grid(
+    [[*run.pictures[i], reference.originals[i]] for i in range(shown)],
+    [*(f"{k} level{'s' if k > 1 else ''}" for k in range(1, levels + 1)), "original"],
+    [[*(f"{q.psnr[i]:.1f} dB" for q in run.level_quality), ""] for i in range(shown)],
+  )
+  sides = ", ".join(f"{p} × {p}" for p in run.config.quantizer.patch_sizes)
+  text = (
+    f"The image decoded from the first 1 to {levels} levels of tokens of "
+    f"{_bold(run)} (grids of {sides}), with its PSNR: coarse levels carry layout and "
+    "colour, fine ones detail."
+  )
+  out = f"<h2>Level by level</h2>{_figure(picture('levels.png', grid, 'levels'), text)}"
+  series = {"error": {r.name: r.relative_errors * 100 for r in runs}}
+  for name in ("psnr", "lpips"):
+    if getattr(run.level_quality[0], name) is not None:
+      series[name] = {r.name: [q.means()[name] for q in r.level_quality] for r in runs}
+  vae = reference.sample_quality.means()
+  plot = figures.levels_plot(series, {k: v for k, v in vae.items() if k in series}, _LABELS)
+  few = len(run.level_quality[0].psnr)
+  text = (
+    "Every level quantizes what the levels before it left over: the error of "
+    f"{_bold(run)} goes from {_percent(run.relative_errors[0])} of the latents' "
+    f"variance after one level to {_percent(run.relative_errors[-1])} after all. Error on "
+    f"{run.metrics.count} images, PSNR{' and LPIPS' if 'lpips' in series else ''} on {few} of them."
+  )
+  out += _figure(picture("level_curves.png", plot, "quality by number of levels"), text)
+  return out + "".join(_level_table(r, len(runs) > 1) for r in runs)
+
+
+def _level_table(run: Run, named: bool) -> str:
+  usage, quality = run.usage, [q.means() for q in run.level_quality]
+  has_lpips = "lpips" in quality[0]
+  head = ["Level", "Tokens", "Tokens so far", "Quantization error", "Share of variance"]
+  head += ["PSNR (dB)", *(["LPIPS"] if has_lpips else [])]
+  head += ["Codes used", "If all equally likely", "Perplexity", "Tokens per code"]
+  tokens = [p * p for p in run.config.quantizer.patch_sizes]
+  reach = figures.uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
+  rows = []
+  for i, found in enumerate(quality):
+    rows.append(
+      [
+        str(i + 1),
+        f"{tokens[i]:,}",
+        f"{sum(tokens[: i + 1]):,}",
+        f"{run.metrics.level_errors[:, i].mean():.4f}",
+        _percent(run.relative_errors[i]),
+        f"{found['psnr']:.2f}",
+        *([f"{found['lpips']:.4f}"] if has_lpips else []),
+        _percent(usage.level_utilization[i]),
+        _percent(reach[i]),
+        _number(usage.level_perplexity[i]),
+        _number(usage.level_tokens_per_code[i]),
+      ]
+    )
+  title = f"<h3>{html.escape(run.name)}</h3>" if named else ""
+  return title + _table(head, rows)
+
+
+def _usage(runs, picture) -> str:
+  plot = figures.usage_plot({run.name: run.usage for run in runs})
+  parts = [
+    f"<li>{_bold(run)}: {_percent(run.usage.utilization)} of {run.usage.counts.shape[1]:,} "
+    f"codes, perplexity {_number(run.usage.perplexity)}, measured on "
+    f"{int(run.usage.counts.sum()):,} tokens ({_number(run.usage.tokens_per_code)} per code) of "
+    f"{html.escape(run.usage_source)}.</li>"
+    for run in runs
+  ]
+  text = (
+    "A healthy codebook has a flat curve and no codes at 0."
+    f"<ul>{''.join(parts)}</ul>"
+    "A level cannot use more codes than it has tokens: the black marks show how many codes it "
+    "would reach by chance if all were equally likely, so a bar far below its mark is a preference "
+    "for some codes, and a low mark means too few tokens to tell."
+  )
+  return f"<h2>Codebook</h2>{_figure(picture('usage.png', plot, 'codebook usage'), text)}"
+
+
+def _latent_space(runs, picture) -> str:
+  out = "<h2>Latent space</h2>"
+  for i, run in enumerate(runs):
+    suffix = "" if i == 0 else f"_{i + 1}"
+    title = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
+    x = run.latents
+    levels = len(x.quantized)
+    keep = slice(None, None, max(1, len(x.continuous) // 4000))
+    stops = sorted({0, levels // 2 - 1, levels - 1} - {-1})
+    quantized = {f"after {k + 1} level{'s' if k else ''}": x.quantized[k][keep] for k in stops}
+    inside = figures.principal_axes(x.continuous)[2]
+    plot = figures.latents_plot(x.continuous[keep], quantized)
+    text = (
+      f"{len(x.continuous[keep]):,} latents of {run.config.vae.z_channels} channels in the plane "
+      f"of their two largest principal components ({inside:.0%} of their variance), and what the "
+      f"first levels make of them. The closer the clouds, the less is lost."
+    )
+    out += title + _figure(
+      picture(f"pca{suffix}.png", plot, "latents and their quantization"), text
+    )
+    plot = figures.codes_plot(x.level_inputs, x.values, x.counts, stops)
+    text = (
+      "The codes (what each adds to the latents) over the vectors they are looked up for, in one "
+      "plane for all panels: first the inputs of all levels, then of single ones. Codes should "
+      "cover the cloud. Used and unused refer to the tokens of the same images."
+    )
+    out += _figure(picture(f"pca_codes{suffix}.png", plot, "codes over latents"), text)
+  return out
+
+
+def training_curves(runs: Sequence[Run]) -> dict[str, dict[str | int, tuple[list, list]]]:
+  """Quantity -> line -> (steps, values) of the runs' histories, evaluations first.
+
+  A line is a run, or, for quantities that are vectors (`name/0`, `name/level_1`, ...), an index;
+  of those the first run with a history is taken.
+  """
+  found: dict[tuple[str, str, bool], dict] = {}
+  vectors_of = next((run.name for run in runs if run.history), None)
+  for run in runs:
+    for record in run.history:
+      kind = record.get("kind", "")
+      for key, value in record.items():
+        vector = _VECTOR_ENTRY.fullmatch(key)
+        if key in _NOT_CURVES or not isinstance(value, int | float):
+          continue
+        if vector and run.name != vectors_of:
+          continue
+        name, line = (vector[1], int(vector[2])) if vector else (key, run.name)
+        lines = found.setdefault((kind, name, bool(vector)), {})
+        steps, values = lines.setdefault(line, ([], []))
+        steps.append(record["step"])
+        values.append(value)
+
+  def order(curve):
+    kind, name, vector = curve
+    rank = _FIRST_CURVES.index(name) if name in _FIRST_CURVES else len(_FIRST_CURVES)
+    return kind != "eval", vector, rank, name
+
+  titles = {
+    curve: f"{curve[0]}: {curve[1].replace('_', ' ')}{' by level' if curve[2] else ''}"
+    for curve in sorted(found, key=order)
+  }
+  return {
+    title: found[curve]
+    for curve, title in titles.items()
+    if max(len(steps) for steps, _ in found[curve].values()) > 1
+  }
+
+
+def _training(runs, picture) -> str:
+  curves = training_curves(runs)
+  if not curves:
+    return ""
+  plot = figures.curves_plot(curves)
+  first = next(r for r in runs if r.history)
+  last = [f"{_bold(r)} {r.history[-1]['step']:,}" for r in runs if r.history]
+  text = (
+    "What training logged, over updates: “eval” on held-out images with the averaged weights, "
+    f"“train” on the batches. Updates: {', '.join(last)}. Where every level has a line, colours "
+    f"go from coarse (dark) to fine (light), and the lines are those of {_bold(first)}."
+  )
+  return f"<h2>Training</h2>{_figure(picture('curves.png', plot, 'training curves'), text)}"
+
+
+def _method(runs, reference) -> str:
+  settings = []
+  for run in runs:
+    q, lora = run.config.quantizer, run.config.lora
+    adapters = "none"
+    if lora:
+      halves = " and ".join(h for h in ("encoder", "decoder") if getattr(lora, h))
+      adapters = f"rank {lora.rank} on {', '.join(lora.name_parts)} of the {halves or 'neither'}"
+    sizes = " ".join(map(str, q.patch_sizes))
+    settings.append(
+      f"<li>{_bold(run)}: {q.lookup} look-up, levels {sizes}, LoRA: {html.escape(adapters)}.</li>"
+    )
+  return (
+    "<h2>How it was measured</h2><ul>"
+    f"<li>Images: {html.escape(reference.data)}.</li>"
+    "<li>Latents are the posterior's mean. PSNR and SSIM (11 × 11 Gaussian window, σ 1.5) are "
+    "taken of each 8-bit image and averaged; LPIPS (VGG16, version 0.1) of float images clipped "
+    "to their range.</li>"
+    "<li>A code counts as used if at least one token chose it; perplexity is the exponential of "
+    "the entropy of the codes' frequencies.</li>" + "".join(settings) + "</ul>"
+  )
+
+
+def _figure(image: str, caption: str) -> str:
+  return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+  body = "".join(
+    "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+  )
+  return (
+    f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>\n'
+  )
+
+
+def _bold(run: Run) -> str:
+  return f"<b>{html.escape(run.name)}</b>"
+
+
+def _some(count: int, total: int) -> str:
+  return f"All {count} images" if count == total else f"{count} of {total} images, evenly spread"
+
+
+def _percent(x: float) -> str:
+  return f"{x * 100:.1f}%"
+
+
+def _number(x: float) -> str:
+  return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+_CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f7f9; color: #1f2430;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
+h1 { font-size: 32px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; }
+h2 { font-size: 22px; margin: 52px 0 14px; letter-spacing: -0.01em; }
+h3 { font-size: 17px; margin: 26px 0 10px; }
+p { max-width: 46em; margin: 10px 0; }
+.lead { font-size: 18px; color: #3b4252; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px;
+  margin: 24px 0; }
+.card, figure, .table { background: #fff; border: 1px solid #e4e7ec; border-radius: 12px; }
+.card { padding: 16px 18px; }
+.what { font-size: 14px; color: #667085; }
+.value { font-size: 27px; font-weight: 650; letter-spacing: -0.01em; }
+.note { font-size: 13px; color: #667085; }
+figure { margin: 0 0 18px; padding: 18px; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption ul { margin: 6px 0; }
+figcaption { margin-top: 14px; max-width: 56em; font-size: 15px; color: #4b5565; }
+.table { overflow-x: auto; margin: 0 0 14px; padding: 6px 14px; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px;
+  font-variant-numeric: tabular-nums; }
+th { font-weight: 600; font-size: 13px; color: #667085; vertical-align: bottom; line-height: 1.35; }
+th, td { text-align: right; padding: 8px 10px; border-bottom: 1px solid #eef0f3; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:last-child td { border-bottom: 0; }
+ul { padding-left: 20px; max-width: 50em; }
+@media print { body { background: #fff; } figure, .card, .table { break-inside: avoid; } }
+"""

@@ -1,0 +1,113 @@
+"""Convolutions that carry a LoRA adapter, and the rule for which of them do.
+
+Adapter (paper section 4, official `lora.py`): a convolution of the same kernel, stride and
+padding down to `rank` channels, then a 1x1 convolution up, added to the frozen one's output.
+No bias, no alpha.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from coda_jax.errors import UserError
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Which convolutions get an adapter.
+
+  Attributes:
+    rank: channels between the adapter's two convolutions.
+    name_parts: a convolution has an adapter if its name contains one of these.
+    encoder: adapt the encoder (paper, Table 4a).
+    decoder: adapt the decoder.
+  """
+
+  rank: int = 32
+  name_parts: tuple[str, ...] = ("conv1", "conv2")
+  encoder: bool = True
+  decoder: bool = True
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
+
+  def rank_for(self, path: str) -> int:
+    """Rank of the adapter of the convolution at `path` (as `encoder.down.0…`), 0 for none."""
+    half, _, name = path.partition(".")
+    adapted = {"encoder": self.encoder, "decoder": self.decoder}.get(half, False)
+    return self.rank if adapted and any(part in name for part in self.name_parts) else 0
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel.astype(x.dtype),
+    (stride, stride),
+    padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+class Conv(nnx.Module):
+  """2D convolution, NHWC, with an optional LoRA adapter.
+
+  Parameters: `kernel` [kh, kw, in, out], `bias` [out]; with an adapter also
+  `lora_down` [kh, kw, in, rank] (normal, std 1/rank) and `lora_up` [1, 1, rank, out] (zeros).
+  """
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    padding: Padding | None = None,
+    rank: int = 0,
+    rngs: nnx.Rngs,
+  ):
+    same = (kernel_size // 2, kernel_size // 2)
+    self.stride, self.padding = stride, padding or (same, same)
+    shape = (kernel_size, kernel_size, in_channels)
+    bound = 1 / math.sqrt(math.prod(shape))  # PyTorch's default initialisation
+
+    def uniform(size):
+      return jax.random.uniform(rngs.params(), size, minval=-bound, maxval=bound)
+
+    self.kernel = nnx.Param(uniform((*shape, out_channels)))
+    self.bias = nnx.Param(uniform((out_channels,)))
+    if rank:
+      self.lora_down = nnx.LoRAParam(jax.random.normal(rngs.params(), (*shape, rank)) / rank)
+      self.lora_up = nnx.LoRAParam(jnp.zeros((1, 1, rank, out_channels)))
+    self.rank = rank
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+    y = _convolve(x, self.kernel[...], self.stride, self.padding)
+    if self.rank:
+      down = _convolve(x, self.lora_down[...], self.stride, self.padding)
+      y = y + _convolve(down, self.lora_up[...], 1, ((0, 0), (0, 0)))
+    return y + self.bias[...].astype(x.dtype)
+
+  def merge(self) -> None:
+    """Folds the adapter into `kernel`, with equal output, and drops it."""
+    if self.rank:
+      delta = jnp.einsum(
+        "hwir,ro->hwio", self.lora_down[...], self.lora_up[0, 0], precision="highest"
+      )
+      self.kernel[...] = self.kernel[...] + delta
+      del self.lora_down, self.lora_up
+      self.rank = 0
+
+
+def merge_lora(module: nnx.Module) -> None:
+  """Folds every adapter below `module` into the weights it adapts, in place."""
+  for _, node in nnx.iter_graph(module):
+    if isinstance(node, Conv):
+      node.merge()

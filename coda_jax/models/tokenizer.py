@@ -1,0 +1,93 @@
+"""The discrete tokenizer: an adapted continuous VAE around a residual quantizer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from coda_jax.errors import UserError
+from coda_jax.models.lora import LoRAConfig
+from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
+from coda_jax.models.vae import AutoencoderKL, VAEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Shape of a tokenizer.
+
+  Attributes:
+    vae: the continuous VAE.
+    quantizer: its last patch size must be the latent's side at `image_size`.
+    lora: adapters on the VAE's convolutions, or None.
+    image_size: side of the training images; other sizes work too.
+  """
+
+  vae: VAEConfig
+  quantizer: QuantizerConfig
+  lora: LoRAConfig | None = None
+  image_size: int = 256
+
+  def __post_init__(self):
+    side, _ = self.vae.latent_size(self.image_size, self.image_size)
+    if self.quantizer.patch_sizes[-1] != side:
+      raise UserError(
+        f"quantizer.patch_sizes ends with {self.quantizer.patch_sizes[-1]}; images of "
+        f"{self.image_size} have latents of {side}x{side}, so it must end with {side}"
+      )
+    if self.quantizer.code_dim != self.vae.z_channels:
+      raise UserError(
+        f"quantizer.code_dim is {self.quantizer.code_dim}, "
+        f"but the VAE's latents have {self.vae.z_channels} channels"
+      )
+
+
+class Tokenizer(nnx.Module):
+  """Images to lists of ids, coarse to fine, and back."""
+
+  def __init__(self, config: TokenizerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    self.config = config
+    self.vae = AutoencoderKL(config.vae, lora=config.lora, dtype=dtype, rngs=rngs)
+    self.quantizer = ResidualQuantizer(config.quantizer, rngs=rngs)
+
+  def latents(
+    self, images: Float[Array, "b h w 3"], key: jax.Array | None = None
+  ) -> Float[Array, "b p q c"]:
+    """Scaled continuous latents: the posterior's mean, or a sample if `key` is given."""
+    posterior = self.vae.encode(images)
+    return self.vae.scale_latents(posterior.mean if key is None else posterior.sample(key))
+
+  def encode(
+    self, images: Float[Array, "b h w 3"], key: jax.Array | None = None
+  ) -> list[Int[Array, "b _ _"]]:
+    """Ids of images in [-1, 1], one int32 [B, ph, pw] per level, coarse to fine.
+
+    Raises:
+      UserError: the VAE's stride does not divide the image size.
+    """
+    return self.quantizer.encode(self.latents(images, key))
+
+  def decode(
+    self, ids: list[Int[Array, "b _ _"]], size: int | tuple[int, int] | None = None
+  ) -> Float[Array, "b h w 3"]:
+    """Images in about [-1, 1] of all levels, or of the first k if only those are given.
+
+    Args:
+      ids: int32 [B, ph, pw] per level.
+      size: height and width of the image, needed for fewer than all levels of an image of
+        other than the training size.
+    """
+    if size is not None:
+      size = self.config.vae.latent_size(*((size, size) if isinstance(size, int) else size))
+    return self.vae.decode(self.vae.unscale_latents(self.quantizer.decode(ids, size)))
+
+  def reconstruct(
+    self,
+    images: Float[Array, "b h w 3"],
+    levels: int | None = None,
+    key: jax.Array | None = None,
+  ) -> Float[Array, "b h w 3"]:
+    """Images through all levels of tokens, or the first `levels`, and back."""
+    return self.decode(self.encode(images, key)[:levels], images.shape[1:3])

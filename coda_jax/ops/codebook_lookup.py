@@ -1,0 +1,176 @@
+r"""Codebook look-ups that never hold tokens x codes.
+
+With s = q kᵀ / √D, p = softmax(s), P = softmax(s/τ), N tokens and p̄ = mean_n P_n:
+
+  ids  = argmax s (first of equals)              z = v[ids], its gradient to s through Σ_j p_j v_j
+  L_e  = mean_n H_n − H̄,   H_n = −Σ_j P_nj log P_nj,   H̄ = −Σ_j p̄_j log(p̄_j + ε),  ε = 1e-5
+
+Tokens are taken a chunk at a time against the whole codebook, so that each logit is computed once
+forward and once backward and only chunk x codes of them exist. Forward keeps per token the largest
+logit m, log Σ exp((s−m)/τ) and H_n, and sums p̄. Backward recomputes s and, with g the cotangent of
+z and ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩, a_j = log(p̄_j+ε) + p̄_j/(p̄_j+ε), E_n = Σ_j P_nj a_j:
+
+  ds = p∘(g vᵀ − c) + ge/(Nτ)·P∘[(a − E) − (log P + H)],   dq = ds k/√D,  dk = dsᵀ q/√D,
+  dv[ids] += g + g_hard.
+
+Under `jit` tokens may be sharded over any mesh axes: chunks are cut within each device's share (the
+mesh is the one set with `jax.set_mesh` or that of the arguments), means are over all tokens.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_EPS = 1e-5
+_CHUNK_ELEMENTS = 2**22  # logits alive at a time on each device, if no chunk size is given
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Lookup(NamedTuple):
+  """Result of `attention_lookup`: codes, their values and the entropy loss L_e (scalar, nats)."""
+
+  ids: Int[Array, "n"]
+  z: Float[Array, "n c"]  # straight-through: the gradient reaches q and k by softmax, v by the id
+  z_hard: Float[Array, "n c"]  # the same values; the gradient reaches v alone
+  entropy_loss: Float[Array, ""]
+
+
+class _Chunks:
+  """How N tokens are cut into chunks that every device holds an equal part of."""
+
+  def __init__(self, q: jax.Array, codes: int, size: int | None):
+    mesh = jax.typeof(q).sharding.mesh
+    self.n = q.shape[0]
+    self.shards = math.gcd(self.n, math.prod(mesh.shape.values()))
+    local = self.n // self.shards
+    size = max(1, min(local, size or _CHUNK_ELEMENTS // codes))
+    self.count = -(-local // size)
+    self.size = -(-local // self.count)  # as even as can be
+
+  def split(self, x: jax.Array) -> jax.Array:
+    """[n, ...] to [count, shards * size, ...], zeros where a device's share ran out."""
+    x = x.reshape(self.shards, -1, *x.shape[1:])
+    pad = self.count * self.size - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(self.shards, self.count, self.size, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(self.count, -1, *x.shape[3:])
+
+  def join(self, x: jax.Array) -> jax.Array:
+    """Inverse of `split`."""
+    x = x.reshape(self.count, self.shards, self.size, *x.shape[2:]).swapaxes(0, 1)
+    x = x.reshape(self.shards, -1, *x.shape[3:])[:, : self.n // self.shards]
+    return x.reshape(self.n, *x.shape[2:])
+
+  def map(self, f, *xs: jax.Array) -> jax.Array:
+    """`f` over the chunks of `xs`, joined."""
+    ys = jax.lax.map(lambda x: f(*x), tuple(map(self.split, xs)))
+    return jax.tree.map(self.join, ys)
+
+
+def _float32(*xs):
+  return tuple(x.astype(jnp.float32) for x in xs)
+
+
+def attention_ids(
+  q: Float[Array, "n d"], k: Float[Array, "v d"], *, chunk_size: int | None = None
+) -> Int[Array, "n"]:
+  """Ids [n] int32 of the codes with the largest q kᵀ; `chunk_size` tokens at a time."""
+  q, k = _float32(q, k)
+  chunks = _Chunks(q, len(k), chunk_size)
+  return chunks.map(lambda q: jnp.argmax(_dot(q, k.T), 1).astype(jnp.int32), q)
+
+
+def euclidean_lookup(
+  x: Float[Array, "n c"], codebook: Float[Array, "v c"], *, chunk_size: int | None = None
+) -> Int[Array, "n"]:
+  """Ids [n] int32 of the nearest codes, without gradient; `chunk_size` tokens at a time."""
+  x, codebook = _float32(*map(jax.lax.stop_gradient, (x, codebook)))
+  half_norms = 0.5 * jnp.sum(codebook**2, 1)  # argmin |x − c|² = argmax ⟨x, c⟩ − |c|²/2
+  chunks = _Chunks(x, len(codebook), chunk_size)
+
+  def nearest(x):
+    return jnp.argmax(_dot(x, codebook.T) - half_norms, 1).astype(jnp.int32)
+
+  return chunks.map(nearest, x)
+
+
+def attention_lookup(
+  q: Float[Array, "n d"],
+  k: Float[Array, "v d"],
+  v: Float[Array, "v c"],
+  *,
+  temperature: float = 0.01,
+  chunk_size: int | None = None,
+) -> Lookup:
+  """Attention look-up of n tokens in v codes (CODA, section 3.2), exact gradients to q, k and v.
+
+  Args:
+    q: queries, projected and normed.
+    k: keys of the codes, projected and normed.
+    v: values of the codes.
+    temperature: τ of the entropy loss.
+    chunk_size: tokens (of each device) at a time; None chooses by the number of codes.
+  """
+  q, k, v = _float32(q, k, v)
+  chunks = _Chunks(q, len(k), chunk_size)
+  return Lookup(*_lookup(chunks, temperature, q * q.shape[1] ** -0.5, k, v))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(chunks, tau, q, k, v):
+  return _lookup_fwd(chunks, tau, q, k, v)[0]
+
+
+def _lookup_fwd(chunks, tau, q, k, v):
+  def chunk(p_mean, x):
+    q, weight = x
+    s = _dot(q, k.T)
+    m = jnp.max(s, 1)
+    x = (s - m[:, None]) / tau
+    w = jnp.exp(x)
+    total = jnp.sum(w, 1)
+    log_total = jnp.log(total)
+    entropy = log_total - jnp.sum(w * x, 1) / total
+    p_mean += _dot(weight / total, w)
+    return p_mean, (jnp.argmax(s, 1).astype(jnp.int32), m, log_total, entropy)
+
+  weight = jnp.full((chunks.n,), 1 / chunks.n)  # 0 for the padding of a chunk
+  xs = chunks.split(q), chunks.split(weight)
+  p_mean, stats = jax.lax.scan(chunk, jnp.zeros(len(k)), xs)
+  ids, m, log_total, entropy = map(chunks.join, stats)
+  entropy_loss = jnp.mean(entropy) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
+  z = v[ids]
+  return (ids, z, z, entropy_loss), (q, k, v, ids, m, log_total, entropy, p_mean)
+
+
+def _lookup_bwd(chunks, tau, residuals, cotangents):
+  q, k, v, ids, m, log_total, entropy, p_mean = residuals
+  _, g, g_hard, ge = cotangents
+  a = jnp.log(p_mean + _EPS) + p_mean / (p_mean + _EPS)
+  ge = jnp.full((chunks.n,), ge / (chunks.n * tau))
+
+  def chunk(dk, x):
+    q, g, ge, m, log_total, entropy = x
+    ge, m, log_total, entropy = (y[:, None] for y in (ge, m, log_total, entropy))
+    x = _dot(q, k.T) - m
+    e = jnp.exp(x)
+    gv = _dot(g, v.T)
+    total = jnp.sum(e, 1, keepdims=True)
+    c = jnp.sum(e * gv, 1, keepdims=True) / total
+    log_p = x / tau - log_total
+    p = jnp.exp(log_p)
+    mean_a = jnp.sum(p * a, 1, keepdims=True)
+    ds = e * ((gv - c) / total) + ge * p * ((a - mean_a) - (log_p + entropy))
+    return dk + _dot(ds.T, q), _dot(ds, k)
+
+  xs = tuple(map(chunks.split, (q, g, ge, m, log_total, entropy)))
+  dk, dq = jax.lax.scan(chunk, jnp.zeros_like(k), xs)
+  dv = jnp.zeros_like(v).at[ids].add(g + g_hard)
+  return chunks.join(dq), dk, dv
+
+
+_lookup.defvjp(_lookup_fwd, _lookup_bwd)

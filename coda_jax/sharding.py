@@ -1,0 +1,77 @@
+"""The mesh, and where arrays lie on it."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from coda_jax.config import MeshSettings
+from coda_jax.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(settings: MeshSettings, devices=None) -> Mesh:
+  """Mesh with the axes data, fsdp, model over `devices` (all by default).
+
+  Raises:
+    UserError: the axes' product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = [settings.data, settings.fsdp, settings.model]
+  if shape.count(-1) == 1:
+    shape[shape.index(-1)] = max(1, len(devices) // -np.prod(shape))
+  if min(shape) < 1 or np.prod(shape) != len(devices):
+    given = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
+    raise UserError(f"config.mesh: {given} do not multiply to the {len(devices)} devices")
+  return jax.make_mesh(tuple(map(int, shape)), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_for(
+  path: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple[tuple[str, tuple[str, ...]], ...]
+) -> PartitionSpec:
+  """How the array `path` is split: by the first rule that matches and has its number of dimensions.
+
+  An axis that does not divide its dimension is left out.
+  """
+  for pattern, spec in rules:
+    if len(spec) == len(shape) and re.search(pattern, path):
+      axes = zip(spec, shape, strict=True)
+      return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in axes))
+  return PartitionSpec()
+
+
+def tree_shardings(tree, mesh: Mesh, rules):
+  """A NamedSharding for every array of `tree`, by rules over its dotted path."""
+
+  def sharding(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return NamedSharding(mesh, spec_for(name, x.shape, mesh, rules))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """On every device in full."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+  """Images split over data x fsdp, behind `leading` dimensions that are not split."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES))
+
+
+def check_batch(name: str, size: int, mesh: Mesh) -> None:
+  """Raises UserError if the batch axes do not divide `size`."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if size % shards:
+    raise UserError(f"{name} is {size} images; the mesh splits it over {shards} devices evenly")
+
+
+def to_global(local: np.ndarray, sharding: NamedSharding, axis: int = 0) -> jax.Array:
+  """The global array of which every process gives its part along `axis`."""
+  shape = list(local.shape)
+  shape[axis] *= jax.process_count()
+  return jax.make_array_from_process_local_data(sharding, local, tuple(shape))

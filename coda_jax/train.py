@@ -1,0 +1,87 @@
+"""Trains a tokenizer.
+
+  python -m coda_jax.train --config=configs/mar.py:full --workdir=runs/mar [--config.data.train=...]
+
+The same command continues a run that was stopped or killed. On a TPU pod run it on every host.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+
+import jax
+
+from coda_jax import cli, config, sharding
+from coda_jax.errors import UserError
+from coda_jax.training import loop
+from coda_jax.training.tokenizer_trainer import TokenizerTrainer, load_perceptual
+
+log = logging.getLogger("coda_jax")
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(prog="python -m coda_jax.train", description=__doc__)
+  parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+  add_distributed_flags(parser)
+  cli.main(run, parser, argv, config=True)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Trains; see the module's docstring."""
+  settings = config.freeze(config.TrainConfig, args.config)
+  initialize_distributed(args)
+  settings, lpips = load_perceptual(settings)
+  claim_workdir(args.workdir, settings)
+  trainer = TokenizerTrainer(settings, sharding.make_mesh(settings.mesh), lpips)
+  fields = config.to_json(settings)
+  if loop.run(trainer, args.workdir, settings.checkpoint, settings.logging, fields):
+    log.info("done: %s", args.workdir / "tokenizer")
+
+
+def add_distributed_flags(parser: argparse.ArgumentParser) -> None:
+  """Flags for several processes; on TPU pods `--distributed` alone is enough."""
+  group = parser.add_argument_group("several processes")
+  group.add_argument("--distributed", action="store_true", help="find the other processes")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+  group.add_argument("--num-processes", type=int)
+  group.add_argument("--process-id", type=int)
+
+
+def initialize_distributed(args: argparse.Namespace) -> None:
+  """Joins the other processes if the flags, or jax's own environment variables, ask for it."""
+  wanted = args.distributed or args.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ
+  if wanted and not jax.distributed.is_initialized():
+    jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  if jax.process_index() > 0:
+    log.setLevel(logging.WARNING)
+
+
+def claim_workdir(workdir: pathlib.Path, settings) -> None:
+  """Makes `workdir` and writes its `config.json`, or checks that ours may continue what is there.
+
+  Raises:
+    UserError: the folder cannot be written, or holds a run with another config.
+  """
+  if jax.process_index() > 0:
+    return
+  file = workdir / "config.json"
+  fields = config.to_json(settings)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+      config.check_resumable(fields, json.loads(file.read_text()), workdir)
+    elif (workdir / "checkpoints").exists():
+      raise UserError(f"{workdir} holds checkpoints but no config.json; take a new --workdir")
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(fields, indent=2) + "\n")
+    aside.replace(file)
+  except OSError as e:
+    raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
+  except ValueError as e:
+    raise UserError(f"{file} is not valid JSON ({e}); take a new --workdir") from e
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,251 @@
+"""Save and load our directories: `config.json` + `model.safetensors`.
+
+Keys are dotted module paths, arrays are float32 in our layouts (conv HWIO, linear [in, out]).
+A directory appears only when it is complete: it is written aside and renamed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.typing import DTypeLike
+
+from coda_jax import outputs
+from coda_jax.errors import UserError
+from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.vae import AutoencoderKL, VAEConfig
+
+FORMAT_VERSION = 1
+Path = str | os.PathLike
+Arrays = Mapping[str, np.ndarray | jax.Array]
+
+# Settings of training or of speed: they decide neither ids nor pixels.
+_NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
+
+
+def flat_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Every variable of `module` by its dotted path, sorted."""
+  flat = nnx.to_flat_state(nnx.state(module))
+  return dict(sorted((".".join(map(str, path)), v) for path, v in flat))
+
+
+def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
+  """Shape of every parameter of the module that `make` would build; nothing is allocated."""
+  return {k: v.shape for k, v in flat_params(nnx.eval_shape(make)).items()}
+
+
+def check_entries(
+  found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+  """Raises one UserError that lists every missing, extra and misshapen entry."""
+  problems = [f"missing {k}" for k in expected if k not in found]
+  problems += [f"extra {k}" for k in found if k not in expected]
+  problems += [
+    f"{k} has shape {list(found[k])}, expected {list(expected[k])}"
+    for k in expected
+    if k in found and tuple(found[k]) != tuple(expected[k])
+  ]
+  if problems:
+    shown = "; ".join(problems[:20])
+    more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    raise UserError(f"{where} does not fit the model: {shown}{more}")
+
+
+def _filled(state: nnx.State, flat: Arrays, where: str) -> nnx.State:
+  """`state` with the arrays of `flat`, which must fit it exactly."""
+  variables = nnx.to_flat_state(state)
+  shapes = {".".join(map(str, path)): v.shape for path, v in variables}
+  check_entries({k: v.shape for k, v in flat.items()}, shapes, where)
+  return nnx.from_flat_state(
+    (path, v.replace(jnp.asarray(flat[".".join(map(str, path))], v.dtype))) for path, v in variables
+  )
+
+
+def set_params(module: nnx.Module, flat: Arrays, where: str = "weights") -> None:
+  """Sets every variable of `module` from `flat`, in place.
+
+  Raises:
+    UserError: entries are missing, extra or misshapen (all are listed).
+  """
+  nnx.update(module, _filled(nnx.state(module), flat, where))
+
+
+def build(make: typing.Callable[[], nnx.Module], flat: Arrays, where: str):
+  """The module that `make` describes, with the parameters of `flat`; none is initialised first.
+
+  Raises:
+    UserError: entries are missing, extra or misshapen (all are listed).
+  """
+  graphdef, state = nnx.split(nnx.eval_shape(make))
+  return nnx.merge(graphdef, _filled(state, flat, where))
+
+
+def config_from_fields(cls: type, fields: Mapping, where: str):
+  """A (nested) config dataclass from JSON fields.
+
+  Raises:
+    UserError: an unknown or missing field, named.
+  """
+  known = {f.name: f for f in dataclasses.fields(cls)}
+  for name in fields:
+    if name not in known:
+      raise UserError(f"{where}: unknown field {name!r}; known are {', '.join(known)}")
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for name, value in fields.items():
+    options = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+    nested = next((t for t in options if dataclasses.is_dataclass(t)), None)
+    if nested and isinstance(value, Mapping):
+      value = config_from_fields(nested, value, f"{where}: {name}")
+    values[name] = tuple(value) if isinstance(value, list) else value
+  try:
+    return cls(**values)
+  except TypeError as e:
+    raise UserError(f"{where}: {e}") from e
+
+
+def _is_union(hint) -> bool:
+  return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def fingerprint(fields: Mapping, flat: Arrays) -> str:
+  """SHA-256 over the fields and tensors that decide ids and pixels."""
+
+  def relevant(node):
+    if isinstance(node, Mapping):
+      return {k: relevant(v) for k, v in node.items() if k not in _NOT_IN_FINGERPRINT}
+    return node
+
+  digest = hashlib.sha256(json.dumps(relevant(fields), sort_keys=True).encode())
+  for key in sorted(flat):
+    array = np.ascontiguousarray(flat[key], np.float32)
+    digest.update(f"{key}{list(array.shape)}".encode())
+    digest.update(array)
+  return digest.hexdigest()
+
+
+def write_directory(path: Path, kind: str, fields: Mapping, flat: Arrays) -> None:
+  """Writes `config.json` and `model.safetensors`; an existing directory at `path` is replaced.
+
+  Args:
+    path: the directory.
+    kind: `vae`, `tokenizer`, `generator`, or the name of a frozen network.
+    fields: every model field, JSON-serialisable.
+    flat: arrays by dotted path, of any float type and strides; kept as float32. Only one of them
+      is copied at a time, so `convert` can hand over views of a mapped file.
+  """
+  path = pathlib.Path(path).absolute()
+  fields = json.loads(json.dumps(fields))
+  config = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
+  config["fingerprint"] = fingerprint({"kind": kind, **fields}, flat)
+  with outputs.written_aside(path) as aside:
+    _save_safetensors(flat, aside / "model.safetensors")
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_safetensors(flat: Arrays, file: pathlib.Path) -> None:
+  """`safetensors.numpy.save_file` as float32, which would hold two more copies of everything."""
+  header, end = {}, 0
+  for key in sorted(flat):
+    start, end = end, end + 4 * flat[key].size
+    shape = list(flat[key].shape)
+    header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+  head = json.dumps(header).encode()
+  head += b" " * (-len(head) % 8)
+  try:
+    with file.open("wb") as f:
+      f.write(len(head).to_bytes(8, "little") + head)
+      for key in sorted(flat):
+        f.write(np.ascontiguousarray(flat[key], "<f4").data)
+  except OSError as e:  # a failed write does not know its file
+    raise OSError(e.errno, e.strerror, str(file)) from e
+
+
+def read_config(path: Path, kind: str) -> dict:
+  """The fields of a directory of `kind`, `fingerprint` among them.
+
+  Raises:
+    UserError: no such directory, another kind or another format version.
+  """
+  file = pathlib.Path(path) / "config.json"
+  if not file.is_file():
+    raise UserError(f"{path}: no config.json; give a directory that `convert` or training wrote")
+  try:
+    config = json.loads(file.read_text())
+  except ValueError as e:
+    raise UserError(f"{file}: not valid JSON ({e})") from e
+  if config.get("kind") != kind:
+    raise UserError(f"{path} holds a {config.get('kind')!r}, not a {kind!r}")
+  if config.get("format_version") != FORMAT_VERSION:
+    raise UserError(
+      f"{file}: format_version {config.get('format_version')}; this version reads {FORMAT_VERSION}"
+    )
+  del config["kind"], config["format_version"]
+  return config
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+  """The arrays of a directory. Raises UserError if the file is missing or damaged."""
+  file = pathlib.Path(path) / "model.safetensors"
+  try:
+    return safetensors.numpy.load_file(file)
+  except FileNotFoundError as e:
+    raise UserError(f"{file} is missing") from e
+  except safetensors.SafetensorError as e:
+    raise UserError(f"{file} is damaged or truncated: {e}") from e
+
+
+def save_vae(vae: AutoencoderKL, path: Path) -> None:
+  """Saves a VAE; adapters are folded into a copy of its weights."""
+  from coda_jax.models.lora import merge_lora  # kept off the import path of `convert`
+
+  vae = nnx.clone(vae)
+  merge_lora(vae)
+  write_directory(path, "vae", {"vae": dataclasses.asdict(vae.config)}, _numpy(vae))
+
+
+def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
+  """The VAE that `python -m convert mar-vae` or `flux-vae` wrote to `path`.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  fields = read_config(path, "vae")
+  config = config_from_fields(VAEConfig, fields["vae"], f"{path}/config.json: vae")
+  return build(
+    lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path)
+  )
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+  """Saves a tokenizer with its adapters as they are."""
+  write_directory(path, "tokenizer", dataclasses.asdict(tokenizer.config), _numpy(tokenizer))
+
+
+def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
+  """The tokenizer that training, `python -m convert coda-mar` or `coda-flux` wrote to `path`.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  fields = read_config(path, "tokenizer")
+  del fields["fingerprint"]
+  config = config_from_fields(TokenizerConfig, fields, f"{path}/config.json")
+  return build(
+    lambda: Tokenizer(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path)
+  )
+
+
+def _numpy(module: nnx.Module) -> dict[str, np.ndarray]:
+  return {k: np.asarray(v[...]) for k, v in flat_params(module).items()}

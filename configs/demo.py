@@ -1,0 +1,29 @@
+"""The demo: a small VAE in MAR's layout, adapted on the embedded photos in a few CPU minutes.
+
+`configs/demo.py:attention` is the same recipe and budget without LoRA.
+"""
+
+from coda_jax import config as c
+from coda_jax.models.lora import LoRAConfig
+from coda_jax.models.quantizer import QuantizerConfig
+
+
+def get_config(arg: str = "full"):
+  config = c.TrainConfig(
+    tokenizer=c.TokenizerSettings(
+      vae="demo/vae",
+      lora=LoRAConfig(rank=16, name_parts=("conv1", "conv2", "upsample", "downsample")),
+      quantizer=QuantizerConfig(codebook_size=1024, patch_sizes=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+      image_size=64,
+    ),
+    data=c.DataSettings(
+      train="embedded@train", eval="embedded@val", batch_size=4, resize_ratio=1.5, flip=True
+    ),
+    steps=300,
+    optimizer=c.OptimizerSettings(learning_rate=2e-3, warmup_steps=10),
+    ema=c.EMASettings(decay=0.98, start_epoch=0),
+    eval=c.EvalSettings(every=100, images=48, batch_size=16),
+    checkpoint=c.CheckpointSettings(every=100),
+    logging=c.LoggingSettings(every=10),
+  )
+  return c.config_dict(c.variant(config, arg))

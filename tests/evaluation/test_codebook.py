@@ -1,0 +1,37 @@
+import jax
+import numpy as np
+
+from coda_jax.evaluation.codebook import CodebookUsage, code_age, count_codes
+
+IDS = [np.array([[[0]], [[2]]], np.int32), np.array([[[0, 1], [1, 1]], [[3, 3], [0, 0]]], np.int32)]
+
+
+def test_counts_on_host_and_device_agree():
+  usage = CodebookUsage.of(IDS, 5)
+  assert usage.counts.tolist() == [[1, 0, 1, 0, 0], [3, 3, 0, 2, 0]]
+  device = jax.jit(count_codes, static_argnums=1)([jax.numpy.asarray(x) for x in IDS], 5)
+  assert np.array_equal(device, usage.counts)
+
+
+def test_figures():
+  usage = CodebookUsage.of(IDS, 5)
+  assert usage.utilization == 0.8
+  assert usage.level_utilization.tolist() == [0.4, 0.6]
+  assert usage.tokens_per_code == 2.0
+  np.testing.assert_allclose(usage.level_tokens_per_code, [0.4, 1.6])
+  p = np.array([4, 3, 1, 2]) / 10
+  np.testing.assert_allclose(usage.perplexity, np.exp(-np.sum(p * np.log(p))))
+  np.testing.assert_allclose(usage.level_perplexity[0], 2)
+
+
+def test_merging_is_counting_together():
+  halves = [CodebookUsage.of([level[i : i + 1] for level in IDS], 5) for i in range(2)]
+  merged = CodebookUsage.empty(2, 5).merge(halves[0]).merge(halves[1])
+  assert np.array_equal(merged.counts, CodebookUsage.of(IDS, 5).counts)
+
+
+def test_age_counts_the_steps_since_last_use():
+  age = np.zeros(3, np.int32)
+  for counts in ([1, 0, 0], [0, 0, 2], [0, 0, 1]):
+    age = code_age(age, np.array(counts))
+  assert age.tolist() == [2, 3, 0]

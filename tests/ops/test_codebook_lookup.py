@@ -1,0 +1,152 @@
+"""The streamed look-ups against the same mathematics materialised, and what they must not hold."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from coda_jax.ops.codebook_lookup import attention_ids, attention_lookup, euclidean_lookup
+from tests.conftest import assert_close
+
+TAU = 0.01
+
+
+def materialised(q, k, v, tau=TAU):
+  """Equations of the module's docstring, straight down; gradients by autodiff."""
+  s = q @ k.T / q.shape[1] ** 0.5
+  ids = jnp.argmax(s, 1)
+  p = jax.nn.softmax(s)
+  hard = jax.nn.one_hot(ids, len(k))
+  z = (jax.lax.stop_gradient(hard - p) + p) @ jax.lax.stop_gradient(v)
+  z_hard = hard @ v
+  z = z + z_hard - jax.lax.stop_gradient(z_hard)  # v's gradient through the hard choice
+  log_p = jax.nn.log_softmax(s / tau)
+  entropy = -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, 1))
+  p_mean = jnp.mean(jnp.exp(log_p), 0)
+  return ids, z, z_hard, entropy + jnp.sum(p_mean * jnp.log(p_mean + 1e-5))
+
+
+def inputs(n, codes, d=32, c=16, seed=0):
+  """RMS-normed queries and keys, values, and cotangents of z and z_hard."""
+  keys = jax.random.split(jax.random.key(seed), 5)
+  q, k = (jax.random.normal(key, (m, d)) for key, m in zip(keys, (n, codes), strict=False))
+  q, k = (x / jnp.sqrt(jnp.mean(x**2, 1, keepdims=True)) for x in (q, k))
+  v = jax.random.normal(keys[2], (codes, c))
+  return (q, k, v), tuple(jax.random.normal(key, (n, c)) for key in keys[3:])
+
+
+def value_and_grad(lookup, cotangents):
+  """Jitted (outputs, gradients of q, k, v) for one scalar that all outputs enter."""
+
+  def loss(q, k, v):
+    out = lookup(q, k, v)
+    g, g_hard = cotangents
+    return jnp.sum(g * out[1]) + jnp.sum(g_hard * out[2]) + 3.0 * out[3], out
+
+  return jax.jit(lambda *x: jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*x))
+
+
+def assert_equal(ours, reference, rtol=1e-4):
+  ((_, out), grads), ((_, ref), ref_grads) = ours, reference
+  np.testing.assert_array_equal(out[0], ref[0])
+  for name, a, b in zip(("z", "z_hard"), out[1:3], ref[1:3], strict=True):
+    assert_close(a, b, 1e-6, name)
+  np.testing.assert_allclose(out[3], ref[3], rtol=1e-5, atol=1e-6)  # a difference of two entropies
+  for name, a, b in zip("qkv", grads, ref_grads, strict=True):
+    assert_close(a, b, rtol, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(
+  ("n", "codes", "chunk_size"),
+  [(1, 5, None), (64, 256, 16), (50, 300, 16), (37, 1000, 8), (169, 4096, None), (7, 64, 100)],
+)
+def test_equals_materialised(n, codes, chunk_size):
+  x, cotangents = inputs(n, codes)
+  streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk_size), cotangents)
+  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
+  np.testing.assert_array_equal(attention_ids(*x[:2], chunk_size=chunk_size), streamed(*x)[0][1][0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_temperature_and_large_logits(temperature):
+  (q, k, v), cotangents = inputs(40, 200)
+  x = 20 * q, k, v  # no norm: logits far outside exp's range
+  ours = value_and_grad(
+    lambda *x: attention_lookup(*x, temperature=temperature, chunk_size=16), cotangents
+  )
+  assert_equal(ours(*x), value_and_grad(lambda *x: materialised(*x, temperature), cotangents)(*x))
+
+
+def test_each_cotangent_alone():
+  x, (g, _) = inputs(20, 100)
+  for i in (1, 2):
+    grads = [
+      jax.grad(lambda *x, f=f, i=i: jnp.sum(g * f(*x)[i]), (0, 1, 2))(*x)
+      for f in (lambda *x: attention_lookup(*x, chunk_size=8), materialised)
+    ]
+    for a, b in zip(*grads, strict=True):
+      assert_close(a, b, 1e-5)
+
+
+def test_ties_take_the_first_code():
+  (q, k, v), _ = inputs(30, 40)
+  k = jnp.concatenate([k, k])
+  v = jnp.concatenate([v, v])
+  first = np.argmax(np.asarray(q @ k[:40].T), 1)
+  np.testing.assert_array_equal(attention_lookup(q, k, v, chunk_size=8).ids, first)
+  np.testing.assert_array_equal(attention_ids(q, k, chunk_size=8), first)
+  np.testing.assert_array_equal(
+    euclidean_lookup(v[:9], v, chunk_size=4), np.arange(9), "a code is nearest to itself"
+  )
+
+
+@pytest.mark.parametrize(("n", "codes", "chunk_size"), [(1, 3, None), (50, 301, 16), (64, 64, 16)])
+def test_euclidean(n, codes, chunk_size):
+  _, k, x = inputs(codes, codes, c=16)[0]
+  x, codebook = x[:n] * 2, k[:, :16]
+  distance = ((np.asarray(x, np.float64)[:, None] - np.asarray(codebook)) ** 2).sum(-1)
+  ids = euclidean_lookup(x, codebook, chunk_size=chunk_size)
+  assert ids.dtype == jnp.int32
+  np.testing.assert_array_equal(ids, distance.argmin(1))
+
+
+def test_bfloat16_inputs_are_looked_up_in_float32():
+  x, _ = inputs(16, 64)
+  x = tuple(y.astype(jnp.bfloat16) for y in x)
+  out = attention_lookup(*x)
+  ref = attention_lookup(*(y.astype(jnp.float32) for y in x))
+  assert out.z.dtype == jnp.float32
+  for a, b in zip(out, ref, strict=True):
+    np.testing.assert_array_equal(a, b)
+  grad = jax.grad(lambda q: attention_lookup(q, *x[1:]).entropy_loss)(x[0])
+  assert grad.dtype == jnp.bfloat16
+
+
+def test_tokens_by_codes_never_exists():
+  n, codes, chunk = 96, 640, 8
+  x, cotangents = inputs(n, codes)
+  f = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk), cotangents)
+  text = f.lower(*x).as_text() + f.lower(*x).compile().as_text()
+  shapes = re.findall(r"(?:tensor<|f32\[|s32\[|pred\[)([\dx,]+)", text)
+  sizes = {np.prod([int(y) for y in re.split("[x,]", s) if y]) for s in shapes}
+  assert chunk * codes in sizes  # the pattern does see the buffers
+  assert max(sizes) <= codes * 32
+
+
+@pytest.mark.parametrize("n", [8 * 20, 8 * 21, 30])
+def test_sharded_tokens(n):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, cotangents = inputs(n, 256)
+  f = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=6), cotangents)
+  expected = f(*x)
+  over_data, copied = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
+  q = jax.device_put(x[0], over_data if n % 8 == 0 else copied)
+  k, v = jax.device_put(x[1:], copied)
+  assert_equal(f(q, k, v), expected, 1e-5)
+  if n % 8 == 0:  # each device works on its own tokens alone
+    text = f.lower(q, k, v).compile().as_text()
+    rows = {int(r) for r in re.findall(r"f32\[(\d+),256\]", text)}
+    assert rows and max(rows) <= 32, rows

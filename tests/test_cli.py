@@ -1,0 +1,153 @@
+"""Exit codes, one-line errors and config overrides."""
+
+import argparse
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from coda_jax import cli
+from coda_jax.errors import UserError
+
+CONFIG = """
+import ml_collections
+
+def get_config(arg="small"):
+  config = ml_collections.ConfigDict()
+  config.arg = arg
+  config.lr = 1e-3
+  config.model = ml_collections.ConfigDict(dict(size=3, patches=(1, 2), fast=True))
+  return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def _loud(monkeypatch):
+  monkeypatch.setattr(cli, "quiet", lambda: None)  # it would silence the tests after this one
+
+
+def call(run, *argv, config=False):
+  parser = argparse.ArgumentParser(prog="test")
+  parser.add_argument("--name")
+  with pytest.raises(SystemExit) as e:
+    cli.main(run, parser, argv, config=config)
+  return e.value.code
+
+
+def failing(error):
+  def run(args):
+    raise error
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "line"),
+  [
+    (UserError("a.png: not an image"), 1, "error: a.png: not an image"),
+    (UserError("two\nlines"), 1, "error: two lines"),
+    (
+      OSError(errno.ENOSPC, "No space left on device", "out/x"),
+      1,
+      "out/x: No space left on device",
+    ),
+    (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied"),
+    (KeyboardInterrupt(), 130, "error: interrupted"),
+    (MemoryError(), 1, "error: out of memory"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), 1, "error: out of memory"),
+    (ValueError("a bug\nin two lines"), 1, "error: ValueError: a bug in two lines (--debug"),
+    (cli.UsageError("give one"), 2, "test: error: give one"),
+  ],
+)
+def test_failures_are_one_line(capsys, error, code, line):
+  assert call(failing(error)) == code
+  *usage, last = capsys.readouterr().err.strip().splitlines()
+  assert line in last
+  assert bool(usage) == (code == 2)
+
+
+def test_the_cause_that_the_user_can_fix_is_told(capsys):
+  def run(args):
+    try:
+      raise UserError("a.png: not an image")
+    except UserError as e:
+      raise RuntimeError("worker 3 died") from e
+
+  assert call(run) == 1
+  assert capsys.readouterr().err == "error: a.png: not an image\n"
+
+
+def test_debug_shows_the_traceback(capsys):
+  assert call(failing(UserError("bad")), "--debug") == 1
+  error = capsys.readouterr().err
+  assert "Traceback" in error and error.endswith("error: bad\n")
+
+
+def test_success_and_usage(capsys):
+  names = []
+  assert call(lambda args: names.append(args.name), "--name", "x") == 0
+  assert names == ["x"]
+  assert call(lambda args: 7) == 7
+  assert call(lambda args: None, "--nam", "x") == 2
+  assert "--nam" in capsys.readouterr().err
+
+
+@pytest.fixture
+def config_file(tmp_path):
+  path = tmp_path / "c.py"
+  path.write_text(CONFIG)
+  return path
+
+
+def test_config_overrides(config_file):
+  found = []
+  argv = [
+    *("--config.model.size=5", "--config.lr", "0.5", "--noconfig.model.fast"),
+    *(f"--config={config_file}:large", "--config.model.patches=(3,4)", "--name=x"),
+  ]
+  assert call(found.append, *argv, config=True) == 0
+  config = found[0].config
+  assert (config.arg, config.lr, found[0].name) == ("large", 0.5, "x")
+  assert config.model.to_dict() == {"size": 5, "patches": (3, 4), "fast": False}
+  with pytest.raises(AttributeError):
+    config.unknown = 1
+
+
+@pytest.mark.parametrize(
+  ("words", "line"),
+  [
+    (["--config.model.sise=5"], "no config key 'sise'; known here: fast, patches, size"),
+    (["--config.modle.size=5"], "no config key 'modle'; known here: arg, lr, model"),
+    (["--config.model.size=big"], "config.model.size"),
+    (["--unknown=5"], "--unknown"),
+    (["stray"], "stray"),
+  ],
+)
+def test_a_wrong_override_is_wrong_usage(capsys, config_file, words, line):
+  assert call(lambda args: None, f"--config={config_file}", *words, config=True) == 2
+  assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_config_files_that_are_none(tmp_path):
+  empty = tmp_path / "empty.py"
+  empty.touch()
+  fixed = tmp_path / "fixed.py"
+  fixed.write_text("def get_config(): pass")
+  for spec, message in (
+    (tmp_path / "none.py", "no such config file"),
+    (empty, "no function get_config"),
+    (f"{fixed}:arg", "takes no argument"),
+  ):
+    with pytest.raises(UserError, match=message):
+      cli.load_config(str(spec))
+
+
+def test_quiet_leaves_our_own_log_alone():
+  code = (
+    "import logging, warnings; from coda_jax import cli; cli.quiet(); "
+    "logging.getLogger('absl').error('noise'); warnings.warn('noise'); "
+    "logging.getLogger('coda_jax.data').warning('1 image was replaced')"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stderr == "1 image was replaced\n"

@@ -1,0 +1,138 @@
+"""Config files, overrides and what a workdir may be continued with."""
+
+import dataclasses
+
+import pytest
+
+from coda_jax import cli
+from coda_jax import config as c
+from coda_jax.errors import UserError
+
+
+def load(path="configs/mar.py", *overrides):
+  return c.freeze(c.TrainConfig, cli.load_config(path, list(overrides)))
+
+
+def test_paper_settings():
+  """design.md section 2: the paper's MAR and FLUX runs."""
+  mar, flux = load("configs/mar.py"), load("configs/flux.py")
+  assert (mar.data.batch_size, flux.data.batch_size) == (512, 288)
+  quantizers = mar.tokenizer.quantizer, flux.tokenizer.quantizer
+  assert [q.codebook_size for q in quantizers] == [16384, 65536]
+  assert [q.tokens for q in quantizers] == [680, 2240]
+  for config in (mar, flux):
+    o, q = config.optimizer, config.tokenizer.quantizer
+    assert (o.learning_rate, o.b1, o.b2, o.clip) == (5e-4, 0.5, 0.9, 10.0)
+    assert o.weight_decay == (("", 0.005),) and o.schedule_steps == 0
+    assert (config.epochs, config.ema.decay, config.ema.start_epoch) == (10, 0.9999, 4)
+    weights = config.losses
+    assert (weights.l1, weights.mse, weights.perceptual) == (0.2, 1.0, 1.0)
+    assert (weights.quantization, weights.entropy) == (1.0, 0.05)
+    assert (q.lookup, q.norm, q.attn_dim, q.beta) == ("attention", "rms", 32, 0.05)
+    assert config.tokenizer.lora.rank == 32
+    adversary = config.adversarial
+    assert (adversary.discriminator, adversary.weight, adversary.loss) == ("dino", 1.0, "hinge")
+    assert adversary.ramp_steps == 0 and adversary.discriminator_gradient == "own"
+    assert adversary.optimizer == dataclasses.replace(o, weight_decay=(("", 0.0005),))
+    assert config.data.resize_ratio == 1.125 and not config.data.flip
+
+
+def test_variants():
+  vq, rq = load("configs/mar.py:vq"), load("configs/mar.py:rq")
+  for config in (vq, rq):
+    assert config.tokenizer.quantizer.lookup == "euclidean" and config.tokenizer.lora is None
+  assert vq.tokenizer.quantizer.patch_sizes == (16,)
+  assert len(rq.tokenizer.quantizer.patch_sizes) == 10
+  attention = load("configs/flux.py:attention").tokenizer
+  assert attention.quantizer.lookup == "attention" and attention.lora is None
+  full = load("configs/mar.py:full,codebook_size=65536,norm=layer").tokenizer
+  assert full.quantizer.codebook_size == 65536 and full.quantizer.norm == "layer"
+  assert full.lora is not None
+  for arg in ("nothing", "codebook_size=many", "size=3"):
+    with pytest.raises(UserError, match=f"config argument '{arg}'"):
+      load(f"configs/mar.py:{arg}")
+  with pytest.raises(UserError, match="codebook_size is 0"):
+    load("configs/mar.py:codebook_size=0")
+
+
+def test_overrides():
+  config = load(
+    "configs/mar.py",
+    "--config.optimizer.learning_rate=0.1",
+    "--config.tokenizer.quantizer.patch_sizes=(2,16)",
+    "--config.tokenizer.quantizer.beta=0.25",
+    "--config.trainable=(('Param', 'quantizer'),)",
+    "--config.data.flip",
+  )
+  assert config.optimizer.learning_rate == 0.1
+  assert config.tokenizer.quantizer.patch_sizes == (2, 16)
+  assert config.tokenizer.quantizer.beta == 0.25
+  assert config.trainable == (("Param", "quantizer"),)
+  assert config.data.flip
+  assert config.tokenizer.quantizer.chunk_size is None
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"data": {"bacth_size": 3}}, r"unknown key config.data.bacth_size; known here: train, eval"),
+    ({"nothing": 1}, "unknown key config.nothing"),
+    ({"seed": 1.5}, r"config.seed is 1.5 \(float\); it must be int"),
+    ({"seed": True}, "config.seed is True"),
+    ({"dtype": "float16"}, "config.dtype='float16'"),
+    ({"ema": 3}, "config.ema is 3; it must be a group of settings"),
+    ({"tokenizer": {"lora": {"rank": "8"}}}, "config.tokenizer.lora.rank is '8'"),
+    ({"tokenizer": {"lora": {"name_parts": "conv1"}}}, "name_parts is 'conv1'; it must be a tuple"),
+    ({"trainable": (("LoRAParam",),)}, r"trainable\[0\] is .* 2 entries"),
+    ({"optimizer": {"weight_decay": (("(", 0.0),)}}, "weight_decay: '\\(' is not a regular"),
+    ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate is nan"),
+    ({"mesh": {"rules": (("", ("pipeline",)),)}}, "no mesh axis 'pipeline'"),
+    ({"adversarial": {"discriminator": "gan"}}, "discriminator='gan'; it is one of none"),
+    ({"data": {"batch_size": 10, "accumulation": 4}}, "batch_size=10 is not a positive multiple"),
+  ],
+)
+def test_wrong_values_are_named(changes, message):
+  fields = cli.load_config("configs/mar.py").to_dict()
+
+  def update(target, changes):
+    for key, value in changes.items():
+      if isinstance(value, dict):
+        update(target[key], value)
+      else:
+        target[key] = value
+
+  update(fields, changes)
+  with pytest.raises(UserError, match=message):
+    c.freeze(c.TrainConfig, fields)
+
+
+def test_missing_key_is_named():
+  fields = cli.load_config("configs/mar.py").to_dict()
+  del fields["data"]["train"]
+  with pytest.raises(UserError, match="config.data.train is missing"):
+    c.freeze(c.TrainConfig, fields)
+
+
+def test_unknown_override_is_named():
+  with pytest.raises(UserError, match="no config key 'lr'"):
+    load("configs/mar.py", "--config.optimizer.lr=1")
+
+
+def test_what_may_change_on_resume():
+  there = c.to_json(load())
+  allowed = load(
+    "configs/mar.py",
+    "--config.steps=7",
+    "--config.epochs=3",
+    "--config.mesh.fsdp=2",
+    "--config.logging.every=1",
+    "--config.checkpoint.keep=5",
+    "--config.data.workers=2",
+  )
+  c.check_resumable(c.to_json(allowed), there, "runs/mar")
+  seed = dataclasses.replace(allowed, seed=1)
+  with pytest.raises(UserError, match=r"runs/mar holds .*: seed \(there 42, here 1\); take a new"):
+    c.check_resumable(c.to_json(seed), there, "runs/mar")
+  smaller = c.to_json(load("configs/mar.py:attention,codebook_size=1024"))
+  with pytest.raises(UserError, match="tokenizer.lora .* tokenizer.quantizer.codebook_size"):
+    c.check_resumable(smaller, there, "runs/mar")

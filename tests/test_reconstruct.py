@@ -1,0 +1,114 @@
+import argparse
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coda_jax import reconstruct, weights
+from coda_jax.data.pipeline import normalize
+from coda_jax.errors import UserError
+from coda_jax.evaluation import reconstruction
+from coda_jax.evaluation.image_quality import psnr, to_uint8
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A tokenizer, pictures of two sizes, and an unreadable one."""
+  path = tmp_path_factory.mktemp("reconstruct")
+  weights.save_tokenizer(tiny.tokenizer(), path / "tokenizer")
+  rng = np.random.default_rng(0)
+  (path / "images").mkdir()
+  for name, (width, height) in {"a.png": (16, 16), "b.png": (24, 16)}.items():
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(image).save(path / "images" / name)
+  (path / "images" / "b.bmp").write_bytes(b"no image")
+  Image.fromarray(rng.integers(0, 256, (17, 25, 3), np.uint8)).save(path / "odd.png")
+  return path
+
+
+@pytest.fixture(autouse=True)
+def no_lpips(monkeypatch):
+  monkeypatch.setattr(reconstruction, "find_lpips", lambda path: (None, "LPIPS is left out"))
+
+
+def run(folder, images, output, *words):
+  args = ["--tokenizer", folder / "tokenizer", "--images", images, "--output", output, *words]
+  reconstruct.run(reconstruct.parser().parse_args(list(map(str, args))))
+
+
+def test_a_folder_of_several_sizes(folder, tmp_path, capsys):
+  out = tmp_path / "out"
+  run(folder, folder / "images", out, "--levels", 2)
+  found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+  files = {"a.png": "a.png", "b.png": "b.png.png"}  # b.bmp has the other b.png
+  pictures = {f"{what}/{f}" for what in ("tokenizer", "continuous_vae") for f in files.values()}
+  assert found == {"grid.png", "metrics.json"} | pictures
+
+  metrics = json.loads((out / "metrics.json").read_text())
+  assert [m["name"] for m in metrics["images"]] == list(files)
+  through_tokenizer = reconstruct._through_tokenizer(2)(tiny.tokenizer())  # compiled already
+  for m in metrics["images"]:
+    image = np.asarray(Image.open(folder / "images" / m["name"]))[None]
+    ours = np.asarray(through_tokenizer(normalize(image)))
+    written = np.asarray(Image.open(out / "tokenizer" / files[m["name"]]))
+    np.testing.assert_array_equal(written, to_uint8(ours, "nearest")[0])
+    assert m["tokenizer"]["psnr"] == pytest.approx(psnr(image, to_uint8(ours))[0])
+  mean = np.mean([m["tokenizer"]["psnr"] for m in metrics["images"]])
+  assert metrics["mean"]["tokenizer"]["psnr"] == pytest.approx(mean)
+  table = capsys.readouterr().out
+  assert "2 images" in table and f"{mean:.2f}" in table and "tokenizer, 2 of 4 levels" in table
+
+  with pytest.raises(UserError, match="--overwrite"):
+    run(folder, folder / "images", out)
+
+
+def test_sizes_that_the_stride_does_not_divide(folder, tmp_path):
+  out = tmp_path / "out"
+  with pytest.raises(UserError, match=r"odd.png.*25 x 17.*stride 2.*--crop.*--image-size"):
+    run(folder, folder / "odd.png", out)
+  assert list(tmp_path.iterdir()) == []
+  run(folder, folder / "odd.png", out, "--crop", "--levels", 2)
+  assert Image.open(out / "tokenizer" / "odd.png").size == (24, 16)
+  run(folder, folder / "odd.png", out, "--image-size", 16, "--overwrite", "--levels", 2)
+  assert Image.open(out / "tokenizer" / "odd.png").size == (16, 16)
+
+
+@pytest.mark.parametrize(
+  ("images", "words", "message"),
+  [
+    ("nowhere.png", [], "nowhere.png: no such image file or folder"),
+    ("images/b.bmp", [], "b.bmp cannot be read"),
+    ("images", ["--levels", 5], "levels 1 to 4"),
+    ("images", ["--image-size", 17], "17x17 is not a multiple of the VAE's stride 2"),
+  ],
+)
+def test_bad_input_writes_nothing(folder, tmp_path, images, words, message):
+  with pytest.raises(UserError, match=message):
+    run(folder, folder / images, tmp_path / "out", *words)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_have_one_shape_per_size():
+  sizes = [(4, 4), (4, 4), (6, 4), (4, 4), (6, 4)]
+  rng = np.random.default_rng(0)
+  images = [rng.integers(0, 256, (h, w, 3), np.uint8) for w, h in sizes]
+
+  def read(i):
+    buffer = io.BytesIO()
+    Image.fromarray(images[i]).save(buffer, "png")
+    return buffer.getvalue()
+
+  args = argparse.Namespace(image_size=None, crop=False, batch_size=2)
+  names = [f"{i}.png" for i in range(5)]
+  batches = list(reconstruct._batches(names, read, 2, args))
+  assert [(rows, x.shape) for rows, x in batches] == [
+    ([0, 1], (2, 4, 4, 3)),
+    ([2, 4], (2, 4, 6, 3)),
+    ([3], (2, 4, 4, 3)),  # padded to the shape that is compiled already
+  ]
+  for rows, x in batches:
+    for row, image in zip(rows, x, strict=False):
+      np.testing.assert_array_equal(image, images[row])

@@ -1,0 +1,318 @@
+"""Updates of tiny tokenizers (`runs.py`)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from coda_jax import config as c
+from coda_jax import sharding, weights
+from coda_jax.data import pipeline
+from coda_jax.errors import UserError
+from coda_jax.training import loop, tokenizer_trainer
+from coda_jax.training.checkpoints import Checkpoints
+from coda_jax.training.logging import read_metrics
+from coda_jax.training.tokenizer_trainer import TokenizerTrainer
+from tests.training import runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Most of the time here is compilation."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("inputs")
+  runs.make_inputs(folder)
+  return folder
+
+
+def make_trainer(config, devices=1):
+  return TokenizerTrainer(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module")
+def trainer(folder):
+  return make_trainer(runs.config(folder))
+
+
+@pytest.fixture(scope="module")
+def trainer8(folder):
+  """The same run on 8 devices, parameters spread over 2 of them."""
+  return make_trainer(runs.config(folder, mesh__fsdp=2), devices=8)
+
+
+def first_updates(trainer, count=5):
+  """(state after the first update, losses) of `count` updates."""
+  with jax.set_mesh(trainer.mesh):
+    state, batches, losses = trainer.initial_state(), trainer.batches(0), []
+    for i in range(count):
+      state, metrics = trainer.step(state, next(batches))
+      losses.append(float(metrics["loss"]))
+      if i == 0:
+        first = jax.device_get(state)
+    batches.close()
+  return first, losses
+
+
+@pytest.fixture(scope="module")
+def updates(trainer):
+  return first_updates(trainer)
+
+
+def first_gradients(state, config):
+  """Gradients of the first update, from Adam's first moments (no clipping: the norm is small)."""
+  adam = next(s for s in state.optimizer if isinstance(s, optax.ScaleByAdamState))
+  return {k: m / (1 - config.optimizer.b1) for k, m in adam.mu.items()}
+
+
+def test_eight_devices_compute_the_same(trainer, trainer8, updates):
+  first, losses = updates
+  first8, losses8 = first_updates(trainer8)
+  ours, theirs = (first_gradients(s, trainer.config) for s in (first, first8))
+  largest = max(np.abs(g).max() for g in ours.values())
+  assert optax.global_norm(ours) < trainer.config.optimizer.clip
+  for name, gradient in ours.items():
+    assert np.abs(gradient - theirs[name]).max() <= 1e-5 * largest, name
+  np.testing.assert_allclose(losses8, losses, rtol=1e-4)
+
+
+def test_only_the_selected_train(trainer, updates):
+  state, _ = updates
+  names = set(state.params)
+  assert "quantizer.codebook" in names
+  assert all(n.startswith("quantizer.") or ".lora_" in n for n in names)
+  assert len([n for n in names if ".lora_" in n]) == 2 * 12
+  sizes = sum(x.size for x in state.params.values())
+  moments = sum(x.size for x in jax.tree.leaves(state.optimizer))
+  assert moments <= 2 * sizes + 4  # two moments each, and counters
+
+
+def test_selection_by_path_and_type(trainer):
+  structure = trainer._tokenizer
+  adapters = structure.select((("LoRAParam", "decoder"),))
+  assert len(adapters) == 12 and all("decoder" in n and ".lora_" in n for n in adapters)
+  assert adapters < structure.select((("Param", ""),))
+  assert not structure.select((("LoRAParam", "nothing"),))
+
+
+def test_run_never_recompiles_and_restores_elsewhere(trainer, trainer8, updates, folder, tmp_path):
+  """Training, evaluating, saving and resuming use one compiled update and one evaluation."""
+  settings = trainer.config
+
+  def run(steps):
+    trainer.steps = steps
+    return loop.run(trainer, tmp_path, settings.checkpoint, settings.logging, {})
+
+  assert run(3) and run(6)
+  assert trainer._step._cache_size() == 1
+  assert trainer._reconstruct._cache_size() == 1
+  records = read_metrics(tmp_path)
+  losses = [r["loss"] for r in records if r["kind"] == "train"]
+  np.testing.assert_array_equal(np.float32(losses[:5]), np.float32(updates[1]))
+  evaluation = records[-1]
+  assert evaluation["kind"] == "eval" and evaluation["step"] == 6
+  assert {"psnr", "ssim", "quantization_error/level_2", "codebook_utilization"} <= set(evaluation)
+
+  checkpoints = Checkpoints(tmp_path / "checkpoints", settings.checkpoint)
+  one = checkpoints.restore(trainer.abstract_state())
+  eight = checkpoints.restore(trainer8.abstract_state())
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
+  assert len(eight.params["quantizer.codebook"].devices()) == 8
+  spread = eight.params["vae.encoder.mid.block_1.conv1.lora_down"].sharding
+  assert spread.spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
+
+  exported = weights.load_tokenizer(tmp_path / "tokenizer")
+  flat = weights.flat_params(exported)
+  for name, average in one.ema.items():
+    np.testing.assert_array_equal(flat[name][...], average)
+  images = jnp.zeros((1, 16, 16, 3))
+  assert exported.decode(exported.encode(images)).shape == images.shape
+
+
+@pytest.fixture(scope="module")
+def euclidean(folder):
+  """Residual VQ without adapters, in two micro-batches."""
+  settings = runs.config(folder, data__accumulation=2, tokenizer__lora=None, optimizer__clip=1e9)
+  settings = c.variant(settings, "rq")
+  return make_trainer(settings)
+
+
+def test_euclidean_codes_start_as_latents(euclidean):
+  with jax.set_mesh(euclidean.mesh):
+    batches = euclidean.batches(0)
+    codes = np.asarray(euclidean.initial_state().params["quantizer.codebook"])
+    images = next(batches)
+    batches.close()
+  tokenizer = weights.load_vae(euclidean.config.tokenizer.vae)
+  posterior = tokenizer.encode(images.reshape(-1, 16, 16, 3) / 127.5 - 1)
+  deviations = (codes[:, None] - posterior.mean.reshape(1, -1, 16)) / jnp.exp(
+    0.5 * posterior.logvar.reshape(1, -1, 16)
+  )
+  nearest = jnp.sqrt(jnp.square(deviations).mean(-1)).min(1)  # standard deviations away
+  assert len(np.unique(codes, axis=0)) == 64
+  assert nearest.max() < 2
+
+
+def test_accumulation_averages_gradients(euclidean):
+  with jax.set_mesh(euclidean.mesh):
+    state, batches = euclidean.initial_state(), euclidean.batches(0)
+    images = pipeline.normalize(next(batches))
+    batches.close()
+    key = jax.random.fold_in(jax.random.key(euclidean.config.seed), 0)
+    outcome = jax.jit(euclidean._outcome)
+    parts = []
+    for i, x in enumerate(images):
+      noise_key, view_key = jax.random.split(jax.random.fold_in(key, i))
+      noise = jax.random.normal(noise_key, (4, 16, 16, 16))
+      parts.append(outcome(state, {}, euclidean._frozen, x, noise, view_key).gradients)
+  assert len(parts) == 2
+  first, _ = first_updates(euclidean, 1)
+  gradient = first_gradients(first, euclidean.config)["quantizer.codebook"]
+  expected = (parts[0]["quantizer.codebook"] + parts[1]["quantizer.codebook"]) / 2
+  np.testing.assert_allclose(gradient, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def adversarial(folder):
+  """A small PatchGAN against the tokenizer, in two micro-batches, on 8 devices."""
+  adversarial = c.AdversarialSettings(
+    discriminator="patch", patch_width=4, patch_layers=1, ramp_steps=2
+  )
+  settings = runs.config(folder, adversarial=adversarial, data__batch_size=16, data__accumulation=2)
+  return make_trainer(settings, devices=8)
+
+
+def test_adversarial_updates(adversarial):
+  with jax.set_mesh(adversarial.mesh):
+    state, batches = adversarial.initial_state(), adversarial.batches(0)
+    before = jax.device_get(state.discriminator)
+    records = []
+    for _ in range(3):
+      state, metrics = adversarial.step(state, next(batches))
+      records.append(jax.device_get(metrics))
+    batches.close()
+    after = jax.device_get(state.discriminator)
+  for record in records:
+    assert all(np.isfinite(x).all() for x in record.values())
+    assert {"g_loss", "adaptive_weight", "disc_loss", "accuracy_real", "disc_grad_norm"} <= set(
+      record
+    )
+  # The ramp is 0 in the first update; the loss of a whole update is a mean of micro-batches.
+  first = records[0]
+  rest = first["nll"] + first["vq_loss"] + 0.05 * first["entropy_loss"]
+  np.testing.assert_allclose(first["loss"], rest, rtol=1e-5)
+  kernels = [k for k in before.params if k.endswith(".kernel")]  # biases before a norm stay
+  assert kernels and all((after.params[k] != before.params[k]).any() for k in kernels)
+  means = [k for k in before.variables if k.endswith(".mean")]
+  assert means and all((after.variables[k] != before.variables[k]).any() for k in means)
+
+
+def test_discriminators_that_cannot_be(folder):
+  with pytest.raises(UserError, match="needs config.adversarial.dino_weights"):
+    make_trainer(runs.config(folder, adversarial__discriminator="dino"))
+  settings = runs.config(folder, adversarial__discriminator="patch")
+  with pytest.raises(UserError, match="patch_layers=3 leaves nothing of images of 16 pixels"):
+    make_trainer(settings)
+
+
+def test_ema_decay():
+  settings = c.EMASettings(decay=0.9999, start_epoch=4)
+  decay = lambda s: float(tokenizer_trainer.ema_decay(settings, jnp.asarray(s), 10))  # noqa: E731
+  assert decay(39) == 0  # epoch 3
+  assert decay(40) == pytest.approx(21 / 30)
+  assert decay(41) == pytest.approx(21 / 30)
+  assert decay(10**7) == pytest.approx(0.9999)
+
+
+def test_ema_follows(trainer, updates):
+  """Epoch 0 (of 3 updates) copies, then the first average has decay (3//2 + 1) / (3//2 + 10)."""
+  with jax.set_mesh(trainer.mesh):
+    state, batches = trainer.initial_state(), trainer.batches(0)
+    for _ in range(3):
+      state, _ = trainer.step(state, next(batches))
+    before = jax.device_get(state)
+    after = jax.device_get(trainer.step(state, next(batches))[0])
+    batches.close()
+  name = "quantizer.codebook"
+  np.testing.assert_array_equal(before.ema[name], before.params[name])
+  expected = 2 / 11 * before.ema[name] + 9 / 11 * after.params[name]
+  np.testing.assert_allclose(after.ema[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_optimizer_is_adamw_with_groups():
+  settings = c.OptimizerSettings(
+    learning_rate=0.1, weight_decay=((r"bias$", 0.0), ("", 0.5)), clip=1.0, b1=0.5, b2=0.9
+  )
+  optimizer, schedule = tokenizer_trainer.make_optimizer(settings, steps=4)
+  params = {"a.kernel": np.float32([1.0, -2.0]), "a.bias": np.float32([3.0])}
+  gradients = {"a.kernel": np.float32([3.0, 0.0]), "a.bias": np.float32([-4.0])}
+  state = optimizer.init(params)
+  m = {k: np.zeros_like(v, np.float64) for k, v in params.items()}
+  v = {k: np.zeros_like(x) for k, x in m.items()}
+  expected = {k: x.astype(np.float64) for k, x in params.items()}
+  for step in range(3):
+    rate = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 4))
+    assert float(schedule(step)) == pytest.approx(rate)
+    updates, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+    for k in expected:
+      g = gradients[k] / 5.0  # the global norm is 5
+      m[k] = 0.5 * m[k] + 0.5 * g
+      v[k] = 0.9 * v[k] + 0.1 * g**2
+      unit = m[k] / (1 - 0.5 ** (step + 1)) / (np.sqrt(v[k] / (1 - 0.9 ** (step + 1))) + 1e-8)
+      decay = 0.0 if k == "a.bias" else 0.5
+      expected[k] = expected[k] - rate * (unit + decay * expected[k])
+      np.testing.assert_allclose(params[k], expected[k], rtol=1e-5)
+
+
+def test_schedule_with_warmup_ends_at_zero():
+  settings = c.OptimizerSettings(learning_rate=1.0, warmup_steps=2, schedule_steps=6)
+  _, schedule = tokenizer_trainer.make_optimizer(settings, steps=100)
+  rates = [float(schedule(s)) for s in (0, 1, 2, 4, 6, 99)]
+  np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0, 0], atol=1e-6)
+
+
+def test_batches_must_divide(folder):
+  with pytest.raises(UserError, match="micro-batch is 4 images; the mesh splits it over 8"):
+    make_trainer(runs.config(folder, data__accumulation=2), devices=8)
+  with pytest.raises(UserError, match="config.eval.batch_size is 4 images"):
+    make_trainer(runs.config(folder, eval__batch_size=4), devices=8)
+
+
+def test_patch_sizes_must_fit(folder):
+  quantizer = dataclasses.replace(runs.QUANTIZER, patch_sizes=(1, 8))
+  with pytest.raises(UserError, match="patch_sizes ends with 8.*must end with 16"):
+    make_trainer(runs.config(folder, tokenizer__quantizer=quantizer))
+
+
+def test_nothing_to_train(folder):
+  with pytest.raises(UserError, match="config.trainable=.* matches no parameter"):
+    make_trainer(runs.config(folder, trainable=(("LoRAParam", ""),), tokenizer__lora=None))
+
+
+def test_missing_vae(folder):
+  with pytest.raises(UserError, match="nowhere"):
+    make_trainer(runs.config(folder, tokenizer__vae="nowhere"))
+
+
+def test_perceptual_weights(folder, monkeypatch, caplog):
+  settings = runs.config(folder, losses__perceptual=1.0)
+  monkeypatch.setattr(tokenizer_trainer.importlib.util, "find_spec", lambda name: None)
+  with caplog.at_level("INFO", "coda_jax"):
+    without, lpips = tokenizer_trainer.load_perceptual(settings)
+  assert lpips is None and without.losses.perceptual == 0
+  assert len(caplog.messages) == 1 and "LPIPS" in caplog.messages[0]
+  with pytest.raises(UserError, match="missing_folder"):
+    tokenizer_trainer.load_perceptual(
+      dataclasses.replace(settings, losses=c.LossSettings(perceptual_weights="missing_folder"))
+    )
