@@ -20,9 +20,10 @@ def get_config(arg: str = "full"):
       train="embedded@train", eval="embedded@val", batch_size=4, resize_ratio=1.5, flip=True
     ),
     steps=300,
-    optimizer=c.OptimizerSettings(learning_rate=2e-3, warmup_steps=10),
+    losses=c.LossSettings(entropy=0.2),
+    optimizer=c.OptimizerSettings(learning_rate=5e-3, warmup_steps=10),
     ema=c.EMASettings(decay=0.98, start_epoch=0),
-    eval=c.EvalSettings(every=100, images=48, batch_size=16),
+    eval=c.EvalSettings(every=100, batch_size=12),
     checkpoint=c.CheckpointSettings(every=100),
     logging=c.LoggingSettings(every=10),
   )
