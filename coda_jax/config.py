@@ -114,6 +114,7 @@ class OptimizerSettings:
     clip: largest global norm of the gradients.
     warmup_steps: updates of linear warm-up.
     schedule_steps: updates until the rate is 0; 0 means the length of the run.
+    rates: (regex over parameter paths, factor) pairs; the first that matches multiplies the rate.
   """
 
   learning_rate: float = 5e-4
@@ -124,9 +125,11 @@ class OptimizerSettings:
   clip: float = 10.0
   warmup_steps: int = 0
   schedule_steps: int = 0
+  rates: tuple[tuple[str, float], ...] = ()
 
   def __post_init__(self):
     check_regexes("weight_decay", [pattern for pattern, _ in self.weight_decay])
+    check_regexes("rates", [pattern for pattern, _ in self.rates])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,7 @@ def test_overrides():
     ({"tokenizer": {"lora": {"name_parts": "conv1"}}}, "name_parts is 'conv1'; it must be a tuple"),
     ({"trainable": (("LoRAParam",),)}, r"trainable\[0\] is .* 2 entries"),
     ({"optimizer": {"weight_decay": (("(", 0.0),)}}, "weight_decay: '\\(' is not a regular"),
+    ({"optimizer": {"rates": (("[", 0.1),)}}, "rates: '\\[' is not a regular"),
     ({"optimizer": {"learning_rate": float("nan")}}, "learning_rate is nan"),
     ({"mesh": {"rules": (("", ("pipeline",)),)}}, "no mesh axis 'pipeline'"),
     ({"adversarial": {"discriminator": "gan"}}, "discriminator='gan'; it is one of none"),

@@ -86,14 +86,19 @@ def make_optimizer(
     warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
     schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
 
-  def decay(path: str) -> float:
-    return next((d for pattern, d in settings.weight_decay if re.search(pattern, path)), 0.0)
+  def by_path(pairs, transform, default: float):
+    """`transform(x)` with the x of the first pair whose regex matches a parameter's path."""
 
-  groups = {d: optax.add_decayed_weights(d) for _, d in (*settings.weight_decay, ("", 0.0))}
+    def labels(params):
+      return {p: next((x for r, x in pairs if re.search(r, p)), default) for p in params}
+
+    return optax.partition({x: transform(x) for _, x in (*pairs, ("", default))}, labels)
+
   optimizer = optax.chain(
     optax.clip_by_global_norm(settings.clip),
     optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
-    optax.partition(groups, lambda params: {path: decay(path) for path in params}),
+    by_path(settings.weight_decay, optax.add_decayed_weights, 0.0),
+    by_path(settings.rates, optax.scale, 1.0),
     optax.scale_by_learning_rate(schedule),
   )
   return optimizer, schedule

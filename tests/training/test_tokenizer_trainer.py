@@ -251,7 +251,12 @@ def test_ema_follows(trainer, updates):
 
 def test_optimizer_is_adamw_with_groups():
   settings = c.OptimizerSettings(
-    learning_rate=0.1, weight_decay=((r"bias$", 0.0), ("", 0.5)), clip=1.0, b1=0.5, b2=0.9
+    learning_rate=0.1,
+    weight_decay=((r"bias$", 0.0), ("", 0.5)),
+    clip=1.0,
+    b1=0.5,
+    b2=0.9,
+    rates=(("kernel", 0.25),),
   )
   optimizer, schedule = tokenizer_trainer.make_optimizer(settings, steps=4)
   params = {"a.kernel": np.float32([1.0, -2.0]), "a.bias": np.float32([3.0])}
@@ -270,8 +275,8 @@ def test_optimizer_is_adamw_with_groups():
       m[k] = 0.5 * m[k] + 0.5 * g
       v[k] = 0.9 * v[k] + 0.1 * g**2
       unit = m[k] / (1 - 0.5 ** (step + 1)) / (np.sqrt(v[k] / (1 - 0.9 ** (step + 1))) + 1e-8)
-      decay = 0.0 if k == "a.bias" else 0.5
-      expected[k] = expected[k] - rate * (unit + decay * expected[k])
+      decay, factor = (0.0, 1.0) if k == "a.bias" else (0.5, 0.25)
+      expected[k] = expected[k] - factor * rate * (unit + decay * expected[k])
       np.testing.assert_allclose(params[k], expected[k], rtol=1e-5)
 
 

@@ -1,0 +1,145 @@
+"""The streamed look-up against the materialised one: time and memory of the whole quantizer.
+
+    python benchmarks/lookup.py [--rounds 2] [--repeats 3]
+
+One image through MAR's quantizer (680 tokens, V = 16384) and FLUX's (2240 tokens, V = 65536),
+forward and forward + backward (gradients of latents and all parameters), float32, on the CPU. Both
+forms alternate, each in a process of its own: times are the best of all, peak memory is the
+process's largest resident size above what it was before the first call. With libtpu installed
+(`pip install -e '.[tpu]'`; no TPU is needed) the compiler's temporaries for 8 FLUX images on one
+v5e chip follow. The last line is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
+from coda_jax.ops import codebook_lookup
+
+MAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536), "flux_262144": (FLUX, 262144)}
+
+
+def materialised(q, k, v, *, temperature=0.01, chunk_size=None) -> codebook_lookup.Lookup:
+  """`attention_lookup` with every tokens x codes tensor held, gradients by jax.grad."""
+  logits = jnp.matmul(q, k.T, precision="highest") * q.shape[1] ** -0.5
+  soft, sharp = jax.nn.softmax(logits), jax.nn.softmax(logits / temperature)
+  ids = jnp.argmax(logits, 1).astype(jnp.int32)
+  hard = jax.nn.one_hot(ids, len(k))
+  z = jnp.matmul(hard + soft - jax.lax.stop_gradient(soft), v, precision="highest")
+  log_sharp = jax.nn.log_softmax(logits / temperature)
+  mean = sharp.mean(0)
+  entropy_loss = -jnp.mean(jnp.sum(sharp * log_sharp, 1)) + jnp.sum(mean * jnp.log(mean + 1e-5))
+  return codebook_lookup.Lookup(ids, z, v[ids], entropy_loss)
+
+
+def functions(case: str):
+  """(parameters, forward, forward + backward) of a case's quantizer."""
+  patch_sizes, codes = CASES[case]
+  config = QuantizerConfig(codebook_size=codes, patch_sizes=patch_sizes)
+  make = lambda: nnx.split(ResidualQuantizer(config, rngs=nnx.Rngs(0)))  # noqa: E731
+  graphdef = jax.eval_shape(make)[0]
+
+  def forward(params, latents):
+    out = nnx.merge(graphdef, params)(latents)
+    return jnp.mean(out.latents**2) + out.vq_loss + 0.05 * out.entropy_loss
+
+  return lambda: make()[1], jax.jit(forward), jax.jit(jax.grad(forward, argnums=(0, 1)))
+
+
+def peak() -> float:
+  """Largest resident size of this process so far, in GB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure(case: str, form: str, repeats: int) -> dict[str, float]:
+  """Seconds of both passes and the GB that they add to the process."""
+  side = CASES[case][0][-1]
+  latents = jnp.asarray(np.random.default_rng(0).normal(size=(1, side, side, 16)), jnp.float32)
+  form = materialised if form == "materialised" else codebook_lookup.attention_lookup
+  with mock.patch.object(codebook_lookup, "attention_lookup", form):
+    params, *passes = functions(case)
+    params, before = jax.block_until_ready(params()), peak()
+    best = []
+    for f in passes:
+      f = f.lower(params, latents).compile()
+      times = []
+      for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(f(params, latents))
+        times.append(time.perf_counter() - start)
+      best.append(min(times[1:]))
+  return {"forward": best[0], "both": best[1], "peak_gb": peak() - before}
+
+
+def v5e_temporaries(case: str, images: int = 8) -> float:
+  """GB of temporaries of forward + backward, compiled for one v5e chip."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  from jax.experimental import topologies
+
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  params, _, both = functions(case)
+  side = CASES[case][0][-1]
+  latents = jax.ShapeDtypeStruct((images, side, side, 16), jnp.float32)
+  on_chip = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)  # noqa: E731
+  shapes = jax.tree.map(on_chip, (jax.eval_shape(params), latents))
+  return both.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 1e9
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--rounds", type=int, default=2, help="processes of each form")
+  parser.add_argument("--repeats", type=int, default=3, help="calls in each process")
+  parser.add_argument("--measure", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.measure:
+    print(json.dumps(measure(*args.measure, args.repeats)))
+    return
+  result = {}
+  forms = ("materialised", "streamed")
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  for case in ("mar_16384", "flux_65536"):
+    best = {}
+    for form in forms * args.rounds:
+      words = [sys.executable, __file__, "--measure", case, form, "--repeats", str(args.repeats)]
+      out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+      new = json.loads(out.stdout.splitlines()[-1])
+      best[form] = {k: min(x, best.get(form, new)[k]) for k, x in new.items()}
+    for form, x in best.items():
+      print(
+        f"{case} {form}: forward {x['forward']:.2f} s, forward + backward {x['both']:.2f} s, "
+        f"peak {x['peak_gb']:.2f} GB",
+        flush=True,
+      )
+    slow, fast = (best[form] for form in forms)
+    result[f"speedup_{case}"] = round(slow["both"] / fast["both"], 2)
+    result[f"peak_ratio_{case}"] = round(slow["peak_gb"] / fast["peak_gb"], 2)
+  for case in ("flux_65536", "flux_262144"):
+    key = f"temp_gb_v5e_{case.removeprefix('flux_')}"
+    result[key] = None
+    if importlib.util.find_spec("libtpu"):
+      result[key] = round(v5e_temporaries(case), 4)
+      print(f"v5e, 8 images, {case}: {result[key]:.3f} GB of temporaries", flush=True)
+    else:
+      print(f"v5e, {case}: not compiled, libtpu is not installed (pip install -e '.[tpu]')")
+  print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()
