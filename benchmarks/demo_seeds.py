@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 
@@ -25,18 +26,19 @@ RECIPES = {"with LoRA": "", "without LoRA": ":attention"}
 METRICS = ("psnr", "ssim", "lpips", "codebook_utilization")
 
 
-def train(recipe: str, seed: int, cores: set[int] | None, args) -> dict[str, float]:
-  """The last evaluation of one run."""
+def train(recipe: str, seed: int, free: queue.SimpleQueue, args) -> dict[str, float]:
+  """The last evaluation of one run, trained on a set of `free` cores (None: all)."""
   workdir = args.workdir / f"{recipe.replace(' ', '_')}_{seed}"
   words = ["coda_jax.train", f"--config=configs/demo.py{RECIPES[recipe]}"]
   words += [f"--config.seed={seed}", f"--workdir={workdir.resolve()}"]
   words += [f"--config.tokenizer.vae={args.vae.resolve()}"]
   log = args.workdir / f"{workdir.name}.log"
+  cores = free.get()
+  pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
   with open(log, "a") as f:
-    pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-    code = subprocess.run(
-      [sys.executable, "-m", *words], cwd=ROOT, stdout=f, stderr=f, preexec_fn=pin
-    ).returncode
+    command = [sys.executable, "-m", *words]
+    code = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f, preexec_fn=pin).returncode
+  free.put(cores)
   if code:
     sys.exit(f"{recipe}, seed {seed} failed: see {log}")
   rows = [r for r in read_metrics(workdir) if r["kind"] == "eval"]
@@ -55,11 +57,11 @@ def main() -> None:
   args.workdir.mkdir(parents=True, exist_ok=True)
   jobs = [(recipe, int(seed)) for seed in args.seeds.split(",") for recipe in RECIPES]
   cores = sorted(os.sched_getaffinity(0)) if args.processes > 1 else []
-  share = [set(cores[i :: args.processes]) or None for i in range(args.processes)]
+  free = queue.SimpleQueue()
+  for i in range(args.processes):
+    free.put(set(cores[i :: args.processes]) or None)
   with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
-    futures = [
-      pool.submit(train, *job, share[i % args.processes], args) for i, job in enumerate(jobs)
-    ]
+    futures = [pool.submit(train, *job, free, args) for job in jobs]
     results = dict(zip(jobs, (f.result() for f in futures), strict=True))
   print("| | seed | " + " | ".join(METRICS) + " |")
   for (recipe, seed), row in results.items():

@@ -20,8 +20,10 @@ def get_config(arg: str = "full"):
       train="embedded@train", eval="embedded@val", batch_size=4, resize_ratio=1.5, flip=True
     ),
     steps=300,
-    losses=c.LossSettings(entropy=0.2),
-    optimizer=c.OptimizerSettings(learning_rate=5e-3, warmup_steps=10),
+    # A few hundred updates: the codes must move fast, the adapters must not outrun them, and pixels
+    # weigh more than in the paper, where the quantization loss has hundreds of thousands.
+    losses=c.LossSettings(l1=2.0, mse=8.0, perceptual=1.5, quantization=0.3, entropy=0.06),
+    optimizer=c.OptimizerSettings(learning_rate=5e-3, warmup_steps=10, rates=((r"^vae\.", 0.3),)),
     ema=c.EMASettings(decay=0.98, start_epoch=0),
     eval=c.EvalSettings(every=100, batch_size=12),
     checkpoint=c.CheckpointSettings(every=100),
