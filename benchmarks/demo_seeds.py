@@ -1,6 +1,6 @@
 """The demo's recipe with and without LoRA, three seeds each: what the README's table shows.
 
-    python benchmarks/demo_seeds.py --workdir runs/demo_seeds [--seeds 0,1,2] [--processes 1]
+    python benchmarks/demo_seeds.py --workdir DIR [--seeds 0,1,2] [--steps N] [--processes 1]
 
 Trains `configs/demo.py` and `configs/demo.py:attention` with the same budget (run `make demo`
 first: it converts the VAE), measures all val photos at 64x64 with the averaged weights, and prints
@@ -32,6 +32,9 @@ def train(recipe: str, seed: int, free: queue.SimpleQueue, args) -> dict[str, fl
   words = ["coda_jax.train", f"--config=configs/demo.py{RECIPES[recipe]}"]
   words += [f"--config.seed={seed}", f"--workdir={workdir.resolve()}"]
   words += [f"--config.tokenizer.vae={args.vae.resolve()}"]
+  if args.steps:
+    words += [f"--config.steps={args.steps}"]
+    words += [f"--config.{key}.every={args.steps // 5}" for key in ("eval", "checkpoint")]
   log = args.workdir / f"{workdir.name}.log"
   cores = free.get()
   pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
@@ -52,6 +55,7 @@ def main() -> None:
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--vae", type=pathlib.Path, default=ROOT / "demo" / "vae")
   parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--steps", type=int, help="updates of each run; default: the config's")
   parser.add_argument("--processes", type=int, default=1)
   args = parser.parse_args()
   args.workdir.mkdir(parents=True, exist_ok=True)

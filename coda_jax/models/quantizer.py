@@ -159,13 +159,13 @@ class ResidualQuantizer(nnx.Module):
     codes = self.codebook[...]
     return self.to_v(codes) if self.config.lookup == "attention" else codes
 
-  def _levels(self, latents, quantize):
-    """Runs the residual chain; `quantize(x [N, C]) -> (ids, values, *losses)`."""
+  def _levels(self, latents, quantize, codes):
+    """Runs the residual chain; `quantize(x [N, C], *codes) -> (ids, values, codes, *losses)`."""
     b, h, w, c = latents.shape
     residual, total = latents, jnp.zeros_like(latents)
     for size in self.config.level_sizes(h, w):
       pooled = area_resize(residual, size).reshape(-1, c)
-      ids, values, *losses = quantize(pooled)
+      ids, values, codes, *losses = quantize(pooled, *codes)
       values = bicubic_resize(values.reshape(b, *size, c), (h, w))
       total, residual = total + values, residual - values
       yield ids.reshape(b, *size), total, residual, losses
@@ -173,11 +173,10 @@ class ResidualQuantizer(nnx.Module):
   def __call__(self, latents: Float[Array, "b h w c"]) -> QuantizerOutput:
     """Quantizes scaled latents and gives the losses; for training."""
     latents = latents.astype(jnp.float32)
-    attention = self.config.lookup == "attention"
-    keys = self.keys() if attention else None
-    values = self.values()
-    quantize = self._attend if attention else self._nearest
-    levels = self._levels(latents, lambda x: quantize(x, keys, values))
+    if self.config.lookup == "attention":
+      levels = self._levels(latents, self._attend, (self.keys(), self.values()))
+    else:
+      levels = self._levels(latents, self._nearest, (self.values(),))
     ids, totals, residuals, losses = zip(*levels, strict=True)
     vq_loss, entropy_loss = jnp.mean(jnp.array(losses), axis=0)
     level_mse = jax.lax.stop_gradient(jnp.array([jnp.square(r).mean() for r in residuals]))
@@ -198,15 +197,15 @@ class ResidualQuantizer(nnx.Module):
       + jnp.square(sg(found.z_hard) - x).mean()
       + beta * jnp.square(found.z_hard - sg(x)).mean()
     )
-    return found.ids, found.z, loss, found.entropy_loss
+    return found.ids, found.z, (found.k, found.v), loss, found.entropy_loss
 
-  def _nearest(self, x, _, codes):
+  def _nearest(self, x, codes):
     sg = jax.lax.stop_gradient
     ids = lookup.euclidean_lookup(sg(x), sg(codes), chunk_size=self.config.chunk_size)
     chosen = codes[ids]
     beta = 0.25 if self.config.beta is None else self.config.beta
     loss = jnp.square(sg(x) - chosen).mean() + beta * jnp.square(x - sg(chosen)).mean()
-    return ids, x + sg(chosen - x), loss, jnp.zeros(())
+    return ids, x + sg(chosen - x), (codes,), loss, jnp.zeros(())
 
   def encode(self, latents: Float[Array, "b h w c"]) -> list[Int[Array, "b p q"]]:
     """Ids of scaled latents, one array per level, coarse to fine."""
@@ -214,14 +213,15 @@ class ResidualQuantizer(nnx.Module):
     values = self.values()
     chunk = self.config.chunk_size
 
-    def quantize(x):
+    def quantize(x, values):
       if keys is None:
         ids = lookup.euclidean_lookup(x, values, chunk_size=chunk)
       else:
         ids = lookup.attention_ids(self.queries(x), keys, chunk_size=chunk)
-      return ids, values[ids]
+      return ids, values[ids], (values,)
 
-    return [ids for ids, *_ in self._levels(latents.astype(jnp.float32), quantize)]
+    latents = latents.astype(jnp.float32)
+    return [ids for ids, *_ in self._levels(latents, quantize, (values,))]
 
   def decode(
     self, ids: list[Int[Array, "b _ _"]], size: tuple[int, int] | None = None

@@ -13,6 +13,9 @@ z and ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩, a_j = log(p̄_j+ε) + p̄_
   ds = p∘(g vᵀ − c) + ge/(Nτ)·P∘[(a − E) − (log P + H)],   dq = ds k/√D,  dk = dsᵀ q/√D,
   dv[ids] += g + g_hard.
 
+On TPUs `v[ids]` and `dv[ids] +=` are products with chunks of one-hot rows, which are exact: gather
+and scatter would need the codes along the first axis, padded to eight times their size.
+
 Under `jit` tokens may be sharded over any mesh axes: chunks are cut within each device's share (the
 mesh is the one set with `jax.set_mesh` or that of the arguments), means are over all tokens.
 """
@@ -26,29 +29,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _EPS = 1e-5
-_CHUNK_ELEMENTS = 2**22  # logits alive at a time on each device, if no chunk size is given
+# Logits alive at a time on each device, if no chunk size is given.
+_ELEMENTS = 2**22
+_CPU_FORWARD_ELEMENTS = 2**20  # stays in the cache; backward, larger products win
 _BLOCK = 512  # codes whose maximum is taken together
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Lookup(NamedTuple):
-  """Result of `attention_lookup`: codes, their values and the entropy loss L_e (scalar, nats)."""
+  """Result of `attention_lookup`: codes, their values and the entropy loss L_e (scalar, nats).
+
+  `k` and `v` are the arguments: a further look-up that takes these instead adds its gradients to
+  the same arrays, where those of many look-ups would otherwise be held and summed at the end.
+  """
 
   ids: Int[Array, "n"]
   z: Float[Array, "n c"]  # straight-through: the gradient reaches q and k by softmax, v by the id
   z_hard: Float[Array, "n c"]  # the same values; the gradient reaches v alone
   entropy_loss: Float[Array, ""]
+  k: Float[Array, "v d"]
+  v: Float[Array, "v c"]
+
+
+def _platform() -> str:
+  """What this is traced for; the mesh in use knows, also when compiling ahead of time."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 class _Chunks:
   """How N tokens are cut into chunks that every device holds an equal part of."""
 
-  def __init__(self, q: jax.Array, codes: int, size: int | None):
+  def __init__(self, q: jax.Array, codes: int, size: int | None, backward: bool = False):
     mesh = jax.typeof(q).sharding.mesh
+    elements = _CPU_FORWARD_ELEMENTS if _platform() == "cpu" and not backward else _ELEMENTS
     self.n = q.shape[0]
     self.shards = math.gcd(self.n, math.prod(mesh.shape.values()))
     local = self.n // self.shards
-    size = max(1, min(local, size or _CHUNK_ELEMENTS // codes))
+    size = max(1, min(local, size or elements // codes))
     self.count = -(-local // size)
     self.size = -(-local // self.count)  # as even as can be
 
@@ -84,9 +102,11 @@ def _float32(*xs):
 def _first_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Largest element of every row and its index, the first of equals (int32).
 
-  `jnp.argmax` over long rows is no vector loop on CPUs and takes ten times as long as an
+  On CPUs `jnp.argmax` over long rows is no vector loop and takes ten times as long as an
   exponential; maxima of blocks are, and leave one block of each row to search.
   """
+  if _platform() != "cpu":
+    return jnp.max(x, 1), jnp.argmax(x, 1).astype(jnp.int32)
   n, v = x.shape
   width = min(v, _BLOCK)
   blocks = jnp.pad(x, ((0, 0), (0, -v % width)), constant_values=-jnp.inf).reshape(n, -1, width)
@@ -137,8 +157,14 @@ def attention_lookup(
     chunk_size: tokens (of each device) at a time; None chooses by the number of codes.
   """
   q, k, v = _float32(q, k, v)
-  chunks = _Chunks(q, len(k), chunk_size)
-  return Lookup(*_lookup(chunks, temperature, q * q.shape[1] ** -0.5, k, v))
+  chunks = tuple(_Chunks(q, len(k), chunk_size, backward) for backward in (False, True))
+  # Codes lie along the last axis: the other way round a TPU would pad 16 or 32 to 128.
+  *found, k, v = _lookup(chunks, temperature, q * q.shape[1] ** -0.5, k.T, v.T)
+  return Lookup(*found, k.T, v.T)
+
+
+def _one_hot(ids: jax.Array, codes: int) -> jax.Array:
+  return (ids[:, None] == jnp.arange(codes)).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -147,54 +173,65 @@ def _lookup(chunks, tau, q, k, v):
 
 
 def _lookup_fwd(chunks, tau, q, k, v):
-  k_t = k.T
+  chunks, _ = chunks
+  codes = k.shape[1]
+  ones = jnp.ones(codes)
 
   def chunk(p_mean, x):
     q, weight = x
-    s = _dot(q, k_t)
+    s = _dot(q, k)
     m, ids = _first_max(s)
     x = (s - m[:, None]) / tau
     w = jnp.exp(x)
-    total = jnp.sum(w, 1)
+    total = _dot(w, ones)
     log_total = jnp.log(total)
     entropy = log_total - _row_dot(w, x) / total
     p_mean += _dot(weight / total, w)
-    return p_mean, (ids, m, log_total, entropy)
+    z = _dot(_one_hot(ids, codes), v.T) if _platform() == "tpu" else ()
+    return p_mean, ((ids, m, log_total, entropy), z)
 
   weight = jnp.full((chunks.n,), 1 / chunks.n)  # 0 for the padding of a chunk
   xs = chunks.split(q), chunks.split(weight)
-  p_mean, stats = jax.lax.scan(chunk, jnp.zeros(len(k)), xs)
-  ids, m, log_total, entropy = map(chunks.join, stats)
-  entropy_loss = jnp.mean(entropy) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
-  z = v[ids]
-  return (ids, z, z, entropy_loss), (q, k_t, v, ids, m, log_total, entropy, p_mean)
+  p_mean, found = jax.lax.scan(chunk, jnp.zeros(codes), xs)
+  stats, z = jax.tree.map(chunks.join, found)
+  entropy_loss = jnp.mean(stats[-1]) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
+  ids = stats[0]
+  z = z if _platform() == "tpu" else v.T[ids]
+  return (ids, z, z, entropy_loss, k, v), (q, k, v, *stats, p_mean)
 
 
 def _lookup_bwd(chunks, tau, residuals, cotangents):
-  q, k_t, v, ids, m, log_total, entropy, p_mean = residuals
-  _, g, g_hard, ge = cotangents
+  _, chunks = chunks
+  q, k, v, ids, m, log_total, entropy, p_mean = residuals
+  _, g, g_hard, ge, dk, dv = cotangents
   a = jnp.log(p_mean + _EPS) + p_mean / (p_mean + _EPS)
   ge = jnp.full((chunks.n,), ge / (chunks.n * tau))
-  v_t, k = v.T, k_t.T
+  codes = k.shape[1]
+  ones = jnp.ones(codes)
 
-  def chunk(dk_t, x):
-    q, g, ge, m, log_total, entropy = x
+  def chunk(sums, x):
+    dk, dv = sums
+    q, g, g_v, ge, ids, m, log_total, entropy = x
     ge, m, log_total, entropy = (y[:, None] for y in (ge, m, log_total, entropy))
-    x = _dot(q, k_t) - m
+    x = _dot(q, k) - m
     e = jnp.exp(x)
-    gv = _dot(g, v_t)
-    total = jnp.sum(e, 1, keepdims=True)
+    gv = _dot(g, v)
+    total = _dot(e, ones)[:, None]
     c = _row_dot(e, gv)[:, None] / total
     log_p = x / tau - log_total
     p = jnp.exp(log_p)
     mean_a = _dot(p, a)[:, None]
     ds = e * ((gv - c) / total) + ge * p * ((a - mean_a) - (log_p + entropy))
-    return dk_t + _dot(q.T, ds), _dot(ds, k)
+    if _platform() == "tpu":
+      dv += _dot(g_v.T, _one_hot(ids, codes))
+    return (dk + _dot(q.T, ds), dv), _dot(ds, k.T)
 
-  xs = tuple(map(chunks.split, (q, g, ge, m, log_total, entropy)))
-  dk_t, dq = jax.lax.scan(chunk, jnp.zeros_like(k_t), xs)
-  dv = jnp.zeros_like(v).at[ids].add(g + g_hard)
-  return chunks.join(dq), dk_t.T, dv
+  g_v = g + g_hard
+  xs = tuple(map(chunks.split, (q, g, g_v, ge, ids, m, log_total, entropy)))
+  (dk, dv), dq = jax.lax.scan(chunk, (dk, dv), xs)
+  if _platform() != "tpu":
+    dv = dv.T.at[ids].add(g_v).T
+  return chunks.join(dq), dk, dv
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from coda_jax.ops import codebook_lookup
 from coda_jax.ops.codebook_lookup import attention_ids, attention_lookup, euclidean_lookup
 from tests.conftest import assert_close
 
@@ -68,6 +69,37 @@ def test_equals_materialised(n, codes, chunk_size):
   streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk_size), cotangents)
   assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
   np.testing.assert_array_equal(attention_ids(*x[:2], chunk_size=chunk_size), streamed(*x)[0][1][0])
+
+
+def test_products_instead_of_gather_and_scatter(monkeypatch):
+  monkeypatch.setattr(codebook_lookup, "_platform", lambda: "tpu")
+  x, cotangents = inputs(37, 300)
+  streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=8), cotangents)
+  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
+  assert "gather" not in (text := streamed.lower(*x).as_text()) and "scatter" not in text
+
+
+def test_look_ups_that_pass_the_codes_on():
+  (q, k, v), cotangents = inputs(40, 200)
+
+  def passed_on(q, k, v):
+    first = attention_lookup(q[:10], k, v, chunk_size=8)
+    return first, attention_lookup(q[10:], first.k, first.v, chunk_size=8)
+
+  def apart(q, k, v):
+    return tuple(attention_lookup(x, k, v, chunk_size=8) for x in (q[:10], q[10:]))
+
+  def gradients(lookups):
+    def loss(*x):
+      found = lookups(*x)
+      z, z_hard = (jnp.concatenate(z) for z in zip(*(x[1:3] for x in found), strict=True))
+      g, g_hard = cotangents
+      return jnp.sum(g * z) + jnp.sum(g_hard * z_hard) + sum(x.entropy_loss for x in found)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))
+
+  for ours, expected in zip(*(gradients(f)(q, k, v) for f in (passed_on, apart)), strict=True):
+    assert_close(ours, expected, 1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
