@@ -312,6 +312,126 @@ class TrainConfig:
       raise UserError("config.steps must be at least 0 and config.epochs at least 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskGITSettings:
+  """A generator; classes, levels and codes are those of the tokens.
+
+  Attributes:
+    width, depth, heads, mlp_ratio, embedding, attention: see `models.maskgit.MaskGITConfig`.
+    num_classes: 0 takes the classes of the tokens; another number must be theirs.
+  """
+
+  width: int = 768
+  depth: int = 24
+  heads: int = 8
+  mlp_ratio: float = 4.0
+  embedding: str = "codes"
+  attention: str | None = None
+  num_classes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataSettings:
+  """Tokens, by directories that `python -m coda_jax.tokenize_dataset` wrote.
+
+  Attributes:
+    tokenizer: directory of the tokenizer that made them.
+    train: tokens to train on.
+    eval: held-out tokens; empty goes without evaluation.
+    batch_size: images of one update over all devices.
+    accumulation: micro-batches that an update is split into.
+  """
+
+  tokenizer: str
+  train: str
+  eval: str = ""
+  batch_size: int = 2048
+  accumulation: int = 1
+
+  def __post_init__(self):
+    if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
+      raise UserError(
+        f"config.data.batch_size={self.batch_size} is not a positive multiple of "
+        f"config.data.accumulation={self.accumulation}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingSettings:
+  """Which tokens are masked in training.
+
+  Attributes:
+    ratio: part of the tokens that is masked: "beta" draws it from Beta(a, b), "cosine" is
+      cos(pi/2 u) with u uniform (MaskGIT).
+    a, b: of the Beta distribution.
+    order: "uniform", or "coarse_to_fine": levels are masked from the finest on.
+  """
+
+  ratio: str = "beta"
+  a: float = 12.0
+  b: float = 3.0
+  order: str = "uniform"
+
+  def __post_init__(self):
+    for key, choices in (("ratio", ("beta", "cosine")), ("order", ("uniform", "coarse_to_fine"))):
+      if getattr(self, key) not in choices:
+        raise UserError(
+          f"config.masking.{key}={getattr(self, key)!r}; it is one of {', '.join(choices)}"
+        )
+    if min(self.a, self.b) <= 0:
+      raise UserError("config.masking.a and config.masking.b must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITTrainConfig:
+  """A generator's training run.
+
+  Attributes:
+    kind: "maskgit", by which `coda_jax.train` knows it.
+    seed: decides initial weights, data order, masks and dropped classes.
+    dtype: of the transformer's computation; weights, norms, logits and losses are float32 always.
+    remat: recompute blocks in the backward pass: less memory, a third more work.
+    class_dropout: part of the images whose class is replaced by the null class.
+  """
+
+  data: TokenDataSettings
+  kind: str = "maskgit"
+  model: MaskGITSettings = MaskGITSettings()
+  masking: MaskingSettings = MaskingSettings()
+  seed: int = 0
+  steps: int = 500_000
+  dtype: str = "bfloat16"
+  remat: bool = False
+  label_smoothing: float = 0.1
+  class_dropout: float = 0.15
+  optimizer: OptimizerSettings = OptimizerSettings(
+    learning_rate=4e-4,
+    b1=0.9,
+    b2=0.99,
+    weight_decay=((r"\.kernel$", 0.03),),
+    clip=1.0,
+    warmup_steps=5000,
+  )
+  ema: EMASettings = EMASettings(start_epoch=0)
+  eval: EvalSettings = EvalSettings(lpips=False)
+  checkpoint: CheckpointSettings = CheckpointSettings(best_metric="-loss")
+  logging: LoggingSettings = LoggingSettings()
+  mesh: MeshSettings = MeshSettings(
+    rules=((r"\.kernel$", ("", "fsdp")), (r"^embedding\.(codes|embedding)$", ("model", "")))
+  )
+
+  def __post_init__(self):
+    if self.kind != "maskgit":
+      raise UserError(f"config.kind={self.kind!r}; a generator's is 'maskgit'")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(f"config.dtype={self.dtype!r}; it is float32 or bfloat16")
+    if self.steps < 1:
+      raise UserError("config.steps must be at least 1")
+    for key in ("label_smoothing", "class_dropout"):
+      if not 0 <= getattr(self, key) <= 1:
+        raise UserError(f"config.{key}={getattr(self, key)}; it is between 0 and 1")
+
+
 def freeze(cls: type, values: Mapping | ml_collections.ConfigDict, where: str = "config"):
   """The frozen dataclass `cls` of a `ConfigDict` or any other mapping.
 

@@ -1,4 +1,4 @@
-"""Trains a tokenizer.
+"""Trains a tokenizer, or a generator on its tokens.
 
   python -m coda_jax.train --config=configs/mar.py:full --workdir=runs/mar [--config.data.train=...]
 
@@ -16,6 +16,7 @@ import jax
 from coda_jax import cli, config, sharding
 from coda_jax.errors import UserError
 from coda_jax.training import loop
+from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer, load_perceptual
 
 log = logging.getLogger("coda_jax")
@@ -30,14 +31,23 @@ def main(argv=None):
 
 def run(args: argparse.Namespace) -> None:
   """Trains; see the module's docstring."""
-  settings = config.freeze(config.TrainConfig, args.config)
+  generator = args.config.get("kind") == "maskgit"
+  settings = config.freeze(
+    config.MaskGITTrainConfig if generator else config.TrainConfig, args.config
+  )
   initialize_distributed(args)
-  settings, lpips = load_perceptual(settings)
+  lpips = None
+  if not generator:
+    settings, lpips = load_perceptual(settings)
   claim_workdir(args.workdir, settings)
-  trainer = TokenizerTrainer(settings, sharding.make_mesh(settings.mesh), lpips)
+  mesh = sharding.make_mesh(settings.mesh)
+  if generator:
+    trainer = MaskGITTrainer(settings, mesh)
+  else:
+    trainer = TokenizerTrainer(settings, mesh, lpips)
   fields = config.to_json(settings)
   if loop.run(trainer, args.workdir, settings.checkpoint, settings.logging, fields):
-    log.info("done: %s", args.workdir / "tokenizer")
+    log.info("done: %s", args.workdir / ("generator" if generator else "tokenizer"))
 
 
 def add_distributed_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 
 from coda_jax import outputs
 from coda_jax.errors import UserError
+from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -135,7 +137,9 @@ def fingerprint(fields: Mapping, flat: Arrays) -> str:
   return digest.hexdigest()
 
 
-def write_directory(path: Path, kind: str, fields: Mapping, flat: Arrays) -> None:
+def write_directory(
+  path: Path, kind: str, fields: Mapping, flat: Arrays, include: Mapping[str, Path] | None = None
+) -> None:
   """Writes `config.json` and `model.safetensors`; an existing directory at `path` is replaced.
 
   Args:
@@ -144,6 +148,7 @@ def write_directory(path: Path, kind: str, fields: Mapping, flat: Arrays) -> Non
     fields: every model field, JSON-serialisable.
     flat: arrays by dotted path, of any float type and strides; kept as float32. Only one of them
       is copied at a time, so `convert` can hand over views of a mapped file.
+    include: directories that are copied into it, by their names there.
   """
   path = pathlib.Path(path).absolute()
   fields = json.loads(json.dumps(fields))
@@ -152,6 +157,8 @@ def write_directory(path: Path, kind: str, fields: Mapping, flat: Arrays) -> Non
   with outputs.written_aside(path) as aside:
     _save_safetensors(flat, aside / "model.safetensors")
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, source in (include or {}).items():
+      shutil.copytree(source, aside / name)
 
 
 def _save_safetensors(flat: Arrays, file: pathlib.Path) -> None:
@@ -245,6 +252,59 @@ def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
   return build(
     lambda: Tokenizer(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path)
   )
+
+
+def save_generator(
+  model: MaskGIT, tokenizer_dir: Path, path: Path, class_names: typing.Sequence[str] = ()
+) -> None:
+  """Saves a generator with a copy of its tokenizer at `path`/tokenizer.
+
+  Raises:
+    UserError: the tokenizer's levels or codes are not the model's.
+  """
+  tokenizer = read_config(tokenizer_dir, "tokenizer")
+  check_tokens_fit(model.config, tokenizer["quantizer"], "the generator", tokenizer_dir)
+  fields = {
+    "maskgit": dataclasses.asdict(model.config),
+    "class_names": list(class_names),
+    "tokenizer_fingerprint": tokenizer["fingerprint"],
+  }
+  write_directory(path, "generator", fields, _numpy(model), {"tokenizer": tokenizer_dir})
+
+
+def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[MaskGIT, dict]:
+  """The transformer of a generator's directory, and the directory's fields.
+
+  Raises:
+    UserError: missing, damaged or foreign files, or the tokenizer in it is another one.
+  """
+  fields = read_config(path, "generator")
+  config = config_from_fields(MaskGITConfig, fields["maskgit"], f"{path}/config.json: maskgit")
+  tokenizer = pathlib.Path(path) / "tokenizer"
+  found = read_config(tokenizer, "tokenizer")["fingerprint"]
+  if found != fields["tokenizer_fingerprint"]:
+    raise UserError(
+      f"{tokenizer} is tokenizer {found[:12]}, but {path} was trained on tokens of "
+      f"{fields['tokenizer_fingerprint'][:12]}"
+    )
+  make = lambda: MaskGIT(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+  return build(make, read_arrays(path), str(path)), fields
+
+
+def check_tokens_fit(ours, theirs: Mapping, name: str, other: Path) -> None:
+  """Raises UserError if patch sizes or codebook size of two things with tokens differ.
+
+  Args:
+    ours: has the attributes `patch_sizes` and `codebook_size`; `name` says what it is.
+    theirs: has them as keys; `other` says where it is from.
+  """
+  for key, a in (
+    ("patch_sizes", list(ours.patch_sizes)),
+    ("codebook_size", ours.codebook_size),
+  ):
+    b = list(theirs[key]) if key == "patch_sizes" else theirs[key]
+    if a != b:
+      raise UserError(f"{name} has {key} {a}, {other} has {b}")
 
 
 def _numpy(module: nnx.Module) -> dict[str, np.ndarray]:

@@ -1,0 +1,284 @@
+"""MaskGIT: a bidirectional transformer predicts masked tokens (Chang et al., arXiv 2202.04200).
+
+The tokens of all levels stand in one sequence, coarse to fine, each grid row by row, behind the
+condition. Blocks of the first half hand their output to those of the second (U-ViT, arXiv
+2209.12152: concatenate, then a Linear).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from coda_jax.errors import UserError
+
+_EMBEDDINGS = ("codes", "table")
+_ATTENTION = (None, "cudnn", "xla")
+_normal = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITConfig:
+  """Shape of a MaskGIT.
+
+  Attributes:
+    width, depth, heads: of the transformer; `depth` blocks, an even number, and one in the middle.
+    num_classes: classes; one more, the null class, stands for none.
+    patch_sizes: side of each level's token grid, coarse to fine: the tokenizer's.
+    codebook_size: codes V of the tokenizer.
+    code_dim: channels of a code's value.
+    embedding: "codes" makes embeddings and output table from the tokenizer's code values, "table"
+      learns one table for both.
+    mlp_ratio: inner width of a block's MLP / width.
+    attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn"; None leaves the
+      choice to JAX.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  num_classes: int
+  patch_sizes: tuple[int, ...]
+  codebook_size: int
+  code_dim: int = 16
+  embedding: str = "codes"
+  mlp_ratio: float = 4.0
+  attention: str | None = None
+
+  def __post_init__(self):
+    if self.depth < 0 or self.depth % 2:
+      raise UserError(f"model.depth is {self.depth}; it must be even: as many blocks in as out")
+    if self.heads < 1 or self.width < 1 or self.width % self.heads:
+      raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}")
+    if self.embedding not in _EMBEDDINGS:
+      raise UserError(f"model.embedding is {self.embedding!r}; it is one of codes, table")
+    if self.attention not in _ATTENTION:
+      raise UserError(f"model.attention is {self.attention!r}; it is None, 'xla' or 'cudnn'")
+    if self.num_classes < 0 or self.codebook_size < 1 or not self.patch_sizes:
+      raise UserError("model: num_classes, codebook_size and patch_sizes must be those of tokens")
+
+  @property
+  def tokens(self) -> int:
+    """Tokens N of an image."""
+    return sum(p * p for p in self.patch_sizes)
+
+  @property
+  def levels(self) -> np.ndarray:
+    """int32 [N], the level, from 0, of each position."""
+    sizes = [p * p for p in self.patch_sizes]
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+  @property
+  def mask_id(self) -> int:
+    """The id of a masked token."""
+    return self.codebook_size
+
+  @property
+  def null_class(self) -> int:
+    """The class that stands for no class."""
+    return self.num_classes
+
+
+class Codes(nnx.Variable):
+  """The tokenizer's code values [V, C]: saved with the model, never trained."""
+
+
+class Linear(nnx.Module):
+  """y = x W + b, computed in the type of x; weights are float32, normal with a std of `std`."""
+
+  def __init__(self, cin: int, cout: int, rngs: nnx.Rngs, std: float = 0.02):
+    self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (cin, cout)))
+    self.bias = nnx.Param(jnp.zeros(cout))
+
+  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Over the last axis with eps 1e-5, in float32; the result has the type of x."""
+
+  def __init__(self, width: int):
+    self.scale = nnx.Param(jnp.ones(width))
+    self.bias = nnx.Param(jnp.zeros(width))
+
+  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """Attention and MLP behind norms; with `skip`, behind a Linear that takes a long skip in."""
+
+  def __init__(self, config: MaskGITConfig, rngs: nnx.Rngs, skip: bool = False):
+    width, inner = config.width, round(config.mlp_ratio * config.width)
+    self.config = config
+    if skip:
+      self.skip = Linear(2 * width, width, rngs)
+    self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+    self.qkv, self.proj = Linear(width, 3 * width, rngs), Linear(width, width, rngs)
+    self.fc1, self.fc2 = Linear(width, inner, rngs), Linear(inner, width, rngs)
+
+  def __call__(
+    self, x: Float[Array, "b t c"], skip: Float[Array, "b t c"] | None = None
+  ) -> Float[Array, "b t c"]:
+    if skip is not None:
+      x = self.skip(jnp.concatenate([x, skip], -1))
+    b, t, width = x.shape
+    qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.config.heads, -1)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    y = jax.nn.dot_product_attention(q, k, v, implementation=self.config.attention)
+    x = x + self.proj(y.reshape(b, t, width))
+    return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x))))
+
+
+class ClassCondition(nnx.Module):
+  """Class ids to the sequence that stands in front of the tokens: here of one vector."""
+
+  def __init__(self, classes: int, width: int, rngs: nnx.Rngs):
+    self.embedding = nnx.Param(_normal(rngs.params(), (classes, width)))
+
+  def __call__(self, condition: Int[Array, "b"]) -> Float[Array, "b t c"]:
+    return self.embedding[...][condition][:, None]
+
+
+class CodeEmbedding(nnx.Module):
+  """Embeddings and output table from code values.
+
+  A Linear embeds them. The output table is an MLP of them: of a Linear the logits would have no
+  more than the rank of the codes, 16, and could not favour two codes over one that lies between.
+  """
+
+  def __init__(self, config: MaskGITConfig, codes: jax.Array, rngs: nnx.Rngs):
+    width = config.width
+    self.codes = Codes(codes)
+    self.embed = Linear(config.code_dim, width, rngs)
+    self.mask = nnx.Param(_normal(rngs.params(), (width,)))
+    self.fc1 = Linear(config.code_dim, width, rngs, std=config.code_dim**-0.5)
+    self.fc2 = Linear(width, width, rngs, std=1 / width)
+
+  def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
+    """Float32 embeddings; id V is the mask."""
+    codes = self.codes[...]
+    masked = (ids == len(codes))[..., None]
+    # The values first: [V, width] embeddings of every code would be more work than the tokens'.
+    return jnp.where(masked, self.mask[...], self.embed(codes[jnp.minimum(ids, len(codes) - 1)]))
+
+  def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
+    """Output table."""
+    return self.fc2(nnx.gelu(self.fc1(self.codes[...].astype(dtype))))
+
+
+class TableEmbedding(nnx.Module):
+  """One learned table of embeddings that is the output table too."""
+
+  def __init__(self, config: MaskGITConfig, rngs: nnx.Rngs):
+    shape = config.codebook_size, config.width
+    self.embedding = nnx.Param(_normal(rngs.params(), shape))
+    self.mask = nnx.Param(_normal(rngs.params(), (config.width,)))
+
+  def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
+    """Float32 embeddings; id V is the mask."""
+    table = self.embedding[...]
+    masked = (ids == len(table))[..., None]
+    return jnp.where(masked, self.mask[...], table[jnp.minimum(ids, len(table) - 1)])
+
+  def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
+    """Output table."""
+    return self.embedding[...].astype(dtype)
+
+
+class MaskGIT(nnx.Module):
+  """Predicts tokens from those that are not masked, and from a condition.
+
+  Args:
+    config: its shape.
+    codes: the tokenizer's code values [V, code_dim] (`quantizer.values()`), for embedding "codes";
+      zeros, to be set by `set_codes`, if not given.
+    dtype: of the computation; weights, norms and logits are float32.
+    remat: recompute blocks in the backward pass instead of keeping what is inside them.
+  """
+
+  def __init__(
+    self,
+    config: MaskGITConfig,
+    *,
+    codes: Float[Array, "v c"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.config, self.dtype, self.remat = config, dtype, remat
+    width = config.width
+    if config.embedding == "codes":
+      shape = config.codebook_size, config.code_dim
+      self.embedding = CodeEmbedding(config, jnp.zeros(shape) if codes is None else codes, rngs)
+    else:
+      self.embedding = TableEmbedding(config, rngs)
+    self.condition = ClassCondition(config.num_classes + 1, width, rngs)
+    self.positions = nnx.List(
+      [nnx.Param(_normal(rngs.params(), (p, p, width))) for p in config.patch_sizes]
+    )
+    self.level = nnx.Param(_normal(rngs.params(), (len(config.patch_sizes), width)))
+    half = config.depth // 2
+    self.blocks_in = nnx.List([Block(config, rngs) for _ in range(half)])
+    self.block_mid = Block(config, rngs)
+    self.blocks_out = nnx.List([Block(config, rngs, skip=True) for _ in range(half)])
+    self.norm = LayerNorm(width)
+    self.head1, self.head2 = Linear(width, 2 * width, rngs), Linear(2 * width, width, rngs)
+    self.head_norm = LayerNorm(width)
+    self.bias = nnx.Param(jnp.zeros(config.codebook_size))
+
+  def set_codes(self, values: Float[Array, "v c"]) -> None:
+    """Sets the code values of embedding "codes"; does nothing for "table".
+
+    Raises:
+      UserError: their number or width is another than the config's.
+    """
+    wanted = self.config.codebook_size, self.config.code_dim
+    if values.shape != wanted:
+      raise UserError(f"code values of shape {values.shape}; the model is made for {wanted}")
+    if self.config.embedding == "codes":
+      self.embedding.codes[...] = jnp.asarray(values, jnp.float32)
+
+  def __call__(self, ids: Int[Array, "b n"], condition: Int[Array, "b"]) -> Float[Array, "b n d"]:
+    """Hidden states, of which `logits` makes logits.
+
+    Args:
+      ids: codes of all levels; `config.mask_id` where a token is masked.
+      condition: classes; `config.null_class` for none.
+    """
+    grids = [p[...].reshape(-1, self.config.width) for p in self.positions]
+    position = jnp.concatenate(grids) + self.level[...][self.config.levels]
+    tokens = self.embedding(ids) + position
+    front = self.condition(condition)
+    x = jnp.concatenate([front, tokens], 1).astype(self.dtype)
+    run = nnx.remat(_run) if self.remat else _run
+    skips = []
+    for block in self.blocks_in:
+      x = run(block, x)
+      skips.append(x)
+    x = run(self.block_mid, x)
+    for block in self.blocks_out:
+      x = run(block, x, skips.pop())
+    x = self.norm(x[:, front.shape[1] :])
+    return self.head_norm(self.head2(nnx.gelu(self.head1(x))))
+
+  def output_table(self) -> tuple[Float[Array, "v d"], Float[Array, "v"]]:
+    """(table, bias): logits are hidden tableᵀ + bias."""
+    return self.embedding.table(self.dtype), self.bias[...]
+
+  def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    """Float32 logits of hidden states."""
+    table, bias = self.output_table()
+    hidden = hidden.astype(table.dtype)
+    return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32) + bias
+
+
+def _run(block, *xs):
+  return block(*xs)

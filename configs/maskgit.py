@@ -1,0 +1,43 @@
+"""MaskGIT on CODA tokens: `configs/maskgit.py:mar_l`, `mar_s`, `flux_l`, `flux_s` or `demo`."""
+
+from coda_jax import config as c
+from coda_jax.errors import UserError
+
+SIZES = {
+  "l": c.MaskGITSettings(width=768, depth=24, heads=8),
+  "s": c.MaskGITSettings(width=512, depth=12, heads=8),
+}
+
+
+def get_config(arg: str = "mar_l"):
+  if arg == "demo":
+    return c.config_dict(demo())
+  vae, _, size = arg.partition("_")
+  if vae not in ("mar", "flux") or size not in SIZES:
+    raise UserError(f"config argument {arg!r} is none of mar_l, mar_s, flux_l, flux_s, demo")
+  data = c.TokenDataSettings(tokenizer=f"runs/{vae}/tokenizer", train=f"tokens/{vae}/train")
+  return c.config_dict(c.MaskGITTrainConfig(data=data, model=SIZES[size]))
+
+
+def demo() -> c.MaskGITTrainConfig:
+  """A small model on the tokens of the embedded photos, for a CPU."""
+  return c.MaskGITTrainConfig(
+    data=c.TokenDataSettings(
+      tokenizer="demo/tokenizer", train="demo/tokens/train", eval="demo/tokens/val", batch_size=8
+    ),
+    model=c.MaskGITSettings(width=256, depth=8, heads=4),
+    steps=20_000,
+    dtype="float32",
+    optimizer=c.OptimizerSettings(
+      learning_rate=4e-4,
+      b1=0.9,
+      b2=0.99,
+      weight_decay=((r"\.kernel$", 0.03),),
+      clip=1.0,
+      warmup_steps=200,
+    ),
+    ema=c.EMASettings(decay=0.999, start_epoch=0),
+    eval=c.EvalSettings(every=500, images=64, batch_size=8, lpips=False),
+    checkpoint=c.CheckpointSettings(every=200, best_metric="-loss"),
+    logging=c.LoggingSettings(every=20),
+  )
