@@ -26,7 +26,7 @@ def demo() -> c.MaskGITTrainConfig:
       tokenizer="demo/tokenizer", train="demo/tokens/train", eval="demo/tokens/val", batch_size=8
     ),
     model=c.MaskGITSettings(width=256, depth=8, heads=4),
-    steps=20_000,
+    steps=4_000,
     dtype="float32",
     optimizer=c.OptimizerSettings(
       learning_rate=4e-4,
