@@ -403,3 +403,37 @@ def curves_plot(
     axis.set_xlabel("step")
   _legend(figure)
   return figure
+
+
+@_styled
+def sweep_plot(
+  steps: Sequence[int],
+  seconds: Sequence[float],
+  quality: Sequence[float],
+  references: Mapping[str, float],
+  label: str,
+) -> Figure:
+  """Quality of samples over seconds an image, a point for each number of steps.
+
+  Args:
+    references: quality of yardsticks, dashed lines.
+    label: of the quality, where less is better.
+  """
+  figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+  axis = figure.subplots()
+  axis.plot(seconds, quality, "o-", ms=5, color=_colour(0), label="samples")
+  for n, x, y in zip(steps, seconds, quality, strict=True):
+    axis.annotate(
+      f"{n} step{'s' if n > 1 else ''}", (x, y), (6, 6), textcoords="offset points", fontsize=8
+    )
+  for i, (name, value) in enumerate(references.items(), 1):
+    axis.axhline(value, color=_colour(i), ls="--", lw=1.2, label=name)
+  axis.set(title=f"{label} against time", xlabel="seconds an image", ylabel=label, xscale="log")
+  axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+  axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+  axis.margins(x=0.12)
+  low = min([0.0, *quality, *references.values()])
+  if low >= 0:
+    axis.set_ylim(bottom=0)
+  figure.legend(loc="outside lower left", ncols=2)
+  return figure
