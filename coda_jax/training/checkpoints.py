@@ -70,6 +70,11 @@ class Checkpoints:
       UserError: this or the save before it failed.
     """
     self.wait()
+    if metrics and self._metric not in metrics:
+      raise UserError(
+        f"config.checkpoint.best_metric names {self._metric!r}, which the evaluation does not "
+        f"measure; it measures {', '.join(metrics)}"
+      )
     metrics = metrics and {self._metric: metrics[self._metric]}
     with self._readable_errors("save"):
       self._saving = self._checkpointer.save_async(step, state, metrics=metrics)
