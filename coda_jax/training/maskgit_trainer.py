@@ -170,7 +170,8 @@ class MaskGITTrainer:
       params=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
       ema=jax.tree.map(jnp.copy, params),
       optimizer=self._optimizer.init(params),
-      level_loss=jnp.full(levels, math.log(self.model_config.codebook_size)),
+      # With a type: a weak one would compile the second update anew.
+      level_loss=jnp.full(levels, math.log(self.model_config.codebook_size), jnp.float32),
       level_accuracy=jnp.zeros(levels),
     )
 
