@@ -6,12 +6,16 @@ With s = q kᵀ / √D, p = softmax(s), P = softmax(s/τ), N tokens and p̄ = me
   L_e  = mean_n H_n − H̄,   H_n = −Σ_j P_nj log P_nj,   H̄ = −Σ_j p̄_j log(p̄_j + ε),  ε = 1e-5
 
 Tokens are taken a chunk at a time against the whole codebook, so that each logit is computed once
-forward and once backward and only chunk x codes of them exist. Forward keeps per token the largest
-logit m, log Σ exp((s−m)/τ) and H_n, and sums p̄. Backward recomputes s and, with g the cotangent of
-z and ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩, a_j = log(p̄_j+ε) + p̄_j/(p̄_j+ε), E_n = Σ_j P_nj a_j:
+forward and once backward (on CPUs twice) and only chunk x codes of them exist. Forward keeps per
+token the largest logit m, log Σ exp((s−m)/τ) and H_n, and sums p̄. Backward recomputes s and, with g
+the cotangent of z and ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩, a_j = log(p̄_j+ε) + p̄_j/(p̄_j+ε),
+E_n = Σ_j P_nj a_j:
 
   ds = p∘(g vᵀ − c) + ge/(Nτ)·P∘[(a − E) − (log P + H)],   dq = ds k/√D,  dk = dsᵀ q/√D,
   dv[ids] += g + g_hard.
+
+On CPUs the backward pass cuts the codes into tiles too, so that everything between its products
+stays in the cache; a first round over the tiles takes the row sums that ds needs.
 
 On TPUs `v[ids]` and `dv[ids] +=` are products with chunks of one-hot rows, which are exact: gather
 and scatter would need the codes along the first axis, padded to eight times their size.
@@ -31,7 +35,10 @@ from jaxtyping import Array, Float, Int
 _EPS = 1e-5
 # Logits alive at a time on each device, if no chunk size is given.
 _ELEMENTS = 2**22
-_CPU_FORWARD_ELEMENTS = 2**20  # stays in the cache; backward, larger products win
+# CPUs: chunks stay in the cache; the backward pass cuts the codes too, its thin products want rows.
+_CPU_ELEMENTS = 2**19
+_CPU_TILE = 2**12
+_CPU_TILE_ELEMENTS = 2**21
 _BLOCK = 512  # codes whose maximum is taken together
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -60,9 +67,9 @@ def _platform() -> str:
 class _Chunks:
   """How N tokens are cut into chunks that every device holds an equal part of."""
 
-  def __init__(self, q: jax.Array, codes: int, size: int | None, backward: bool = False):
+  def __init__(self, q: jax.Array, codes: int, size: int | None, elements: int | None = None):
     mesh = jax.typeof(q).sharding.mesh
-    elements = _CPU_FORWARD_ELEMENTS if _platform() == "cpu" and not backward else _ELEMENTS
+    elements = elements or (_CPU_ELEMENTS if _platform() == "cpu" else _ELEMENTS)
     self.n = q.shape[0]
     self.shards = math.gcd(self.n, math.prod(mesh.shape.values()))
     local = self.n // self.shards
@@ -157,10 +164,20 @@ def attention_lookup(
     chunk_size: tokens (of each device) at a time; None chooses by the number of codes.
   """
   q, k, v = _float32(q, k, v)
-  chunks = tuple(_Chunks(q, len(k), chunk_size, backward) for backward in (False, True))
+  tile = _tile(q, len(k))
+  elements = _CPU_TILE_ELEMENTS if tile < len(k) else _ELEMENTS
+  chunks = _Chunks(q, len(k), chunk_size), _Chunks(q, tile, chunk_size, elements)
   # Codes lie along the last axis: the other way round a TPU would pad 16 or 32 to 128.
   *found, k, v = _lookup(chunks, temperature, q * q.shape[1] ** -0.5, k.T, v.T)
   return Lookup(*found, k.T, v.T)
+
+
+def _tile(q: jax.Array, codes: int) -> int:
+  """How many codes the backward pass takes at a time: a divisor of their number."""
+  tile = math.gcd(codes, _CPU_TILE)
+  one_device = math.prod(jax.typeof(q).sharding.mesh.shape.values()) == 1
+  large = len(q) * codes > _CPU_ELEMENTS and 8 * tile >= _CPU_TILE
+  return tile if _platform() == "cpu" and one_device and large else codes
 
 
 def _one_hot(ids: jax.Array, codes: int) -> jax.Array:
@@ -181,7 +198,7 @@ def _lookup_fwd(chunks, tau, q, k, v):
     q, weight = x
     s = _dot(q, k)
     m, ids = _first_max(s)
-    x = (s - m[:, None]) / tau
+    x = (s - m[:, None]) * (1 / tau)
     w = jnp.exp(x)
     total = _dot(w, ones)
     log_total = jnp.log(total)
@@ -196,7 +213,7 @@ def _lookup_fwd(chunks, tau, q, k, v):
   stats, z = jax.tree.map(chunks.join, found)
   entropy_loss = jnp.mean(stats[-1]) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
   ids = stats[0]
-  z = z if _platform() == "tpu" else v.T[ids]
+  z = z if _platform() == "tpu" else v[:, ids].T
   return (ids, z, z, entropy_loss, k, v), (q, k, v, *stats, p_mean)
 
 
@@ -206,31 +223,73 @@ def _lookup_bwd(chunks, tau, residuals, cotangents):
   _, g, g_hard, ge, dk, dv = cotangents
   a = jnp.log(p_mean + _EPS) + p_mean / (p_mean + _EPS)
   ge = jnp.full((chunks.n,), ge / (chunks.n * tau))
-  codes = k.shape[1]
-  ones = jnp.ones(codes)
+  columns = (x[:, None] for x in (m, log_total, entropy, ge))
+  tokens = tuple(map(chunks.split, (q, g, *columns)))
+  tile = _tile(q, k.shape[1])
 
-  def chunk(sums, x):
-    dk, dv = sums
-    q, g, g_v, ge, ids, m, log_total, entropy = x
-    ge, m, log_total, entropy = (y[:, None] for y in (ge, m, log_total, entropy))
+  def exponentials(q, m, log_total, k):
     x = _dot(q, k) - m
-    e = jnp.exp(x)
-    gv = _dot(g, v)
-    total = _dot(e, ones)[:, None]
-    c = _row_dot(e, gv)[:, None] / total
-    log_p = x / tau - log_total
-    p = jnp.exp(log_p)
-    mean_a = _dot(p, a)[:, None]
-    ds = e * ((gv - c) / total) + ge * p * ((a - mean_a) - (log_p + entropy))
-    if _platform() == "tpu":
-      dv += _dot(g_v.T, _one_hot(ids, codes))
-    return (dk + _dot(q.T, ds), dv), _dot(ds, k.T)
+    log_p = x * (1 / tau) - log_total  # no division: it takes CPUs as long as an exponential
+    return jnp.exp(x), jnp.exp(log_p), log_p
 
-  g_v = g + g_hard
-  xs = tuple(map(chunks.split, (q, g, g_v, ge, ids, m, log_total, entropy)))
-  (dk, dv), dq = jax.lax.scan(chunk, (dk, dv), xs)
-  if _platform() != "tpu":
-    dv = dv.T.at[ids].add(g_v).T
+  def row_sums(sums, codes):
+    """Adds a tile's [Σ e v, Σ e] and Σ P a of every token."""
+    k, v, a = codes
+    v_and_one = jnp.concatenate([v, jnp.ones_like(a)]).T
+
+    def chunk(x):
+      q, _, m, log_total, *_ = x
+      e, p, _ = exponentials(q, m, log_total, k)
+      return _dot(e, v_and_one), _dot(p, a.T)
+
+    return jax.tree.map(jnp.add, sums, jax.lax.map(chunk, tokens))
+
+  def gradients(codes, dk, sums):
+    """(dk, dq) of a tile; without `sums` it is all codes, and they are taken on the way."""
+    k, v, a = codes
+
+    def chunk(dk, x):
+      (q, g, m, log_total, entropy, ge), sums = x
+      e, p, log_p = exponentials(q, m, log_total, k)
+      gv = _dot(g, v)
+      if sums is None:
+        total, mean_a = _dot(e, jnp.ones_like(a).T), _dot(p, a.T)
+        c = _row_dot(e, gv)[:, None] / total
+      else:
+        soft, mean_a = sums
+        total = soft[:, -1:]
+        c = _row_dot(g, soft[:, :-1])[:, None] / total
+      ds = e * ((gv - c) * (1 / total)) + ge * p * ((a - mean_a) - (log_p + entropy))
+      return dk + _dot(q.T, ds), _dot(ds, k.T)
+
+    return jax.lax.scan(chunk, dk, (tokens, sums))
+
+  if tile == k.shape[1]:
+    dk, dq = gradients((k, v, a[None]), dk, None)
+  else:
+
+    def take(x, i):
+      return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, 1)
+
+    def codes(i):
+      return take(k, i), take(v, i), take(a[None], i)
+
+    rows = tokens[0].shape[:2]
+    zeros = jnp.zeros((*rows, len(v) + 1)), jnp.zeros((*rows, 1))
+    count = k.shape[1] // tile
+    sums = jax.lax.fori_loop(0, count, lambda i, x: row_sums(x, codes(i)), zeros)
+
+    def add(i, x):
+      dk, dq = x
+      new, more = gradients(codes(i), take(dk, i), sums)
+      return jax.lax.dynamic_update_slice_in_dim(dk, new, i * tile, 1), dq + more
+
+    dk, dq = jax.lax.fori_loop(0, count, add, (dk, jnp.zeros(tokens[0].shape)))
+  if _platform() == "tpu":
+    add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)  # noqa: E731
+    dv, _ = jax.lax.scan(add, dv, (chunks.split(ids), chunks.split(g + g_hard)))
+  else:
+    dv = dv.at[:, ids].add((g + g_hard).T)
   return chunks.join(dq), dk, dv
 
 

@@ -79,6 +79,17 @@ def test_products_instead_of_gather_and_scatter(monkeypatch):
   assert "gather" not in (text := streamed.lower(*x).as_text()) and "scatter" not in text
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_tiles_of_codes(monkeypatch, chunk_size):
+  monkeypatch.setattr(codebook_lookup, "_CPU_TILE", 32)
+  monkeypatch.setattr(codebook_lookup, "_CPU_ELEMENTS", 512)
+  monkeypatch.setattr(codebook_lookup, "_CPU_TILE_ELEMENTS", 320)
+  x, cotangents = inputs(37, 224)
+  assert codebook_lookup._tile(x[0], 224) == 32 and codebook_lookup._tile(x[0], 225) == 225
+  streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk_size), cotangents)
+  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
+
+
 def test_look_ups_that_pass_the_codes_on():
   (q, k, v), cotangents = inputs(40, 200)
 
