@@ -1,6 +1,11 @@
-"""The forms that benchmarks compare must compute the same."""
+"""The forms that benchmarks compare must compute the same, and counts be right."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
 
 from benchmarks.lookup import materialised
+from benchmarks.train_step import flops, least
 from coda_jax.ops.codebook_lookup import attention_lookup
 from tests.ops.test_codebook_lookup import assert_equal, inputs, value_and_grad
 
@@ -9,3 +14,35 @@ def test_materialised_lookup_is_the_streamed_one():
   x, cotangents = inputs(24, 100)
   theirs, ours = (value_and_grad(f, cotangents)(*x) for f in (materialised, attention_lookup))
   assert_equal(ours, theirs)
+
+
+def convolve(x, kernel, stride=1, padding=((1, 1), (1, 1))):
+  numbers = ("NHWC", "HWIO", "NHWC")
+  return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+
+def test_flops_of_convolutions():
+  """Two for every multiplication with an element of the image; 3 taps on 8 pixels meet 22."""
+  x, kernel = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4, 16))
+  cost = 2 * 2 * 22 * 22 * 4 * 16
+  assert flops(convolve, x, kernel) == cost
+  assert flops(lambda x: convolve(x, kernel, 2, ((0, 1), (0, 1))), x) == 2 * 2 * 11 * 11 * 4 * 16
+  for stride, forward in ((1, cost), (2, 2 * 2 * 11 * 11 * 4 * 16)):
+    loss = lambda x, k: jnp.square(convolve(x, k, stride)).sum()  # noqa: B023, E731
+    assert flops(jax.grad(loss, argnums=(0, 1)), x, kernel) == 3 * forward
+    assert flops(jax.grad(loss), x, kernel) == 2 * forward
+    assert [*least(loss, x, kernel)] == [forward, forward]
+    assert [*least(lambda both: loss(*both), (x, kernel))] == [forward, 2 * forward]  # noqa: B023
+
+
+def test_flops_of_products():
+  a, b = jnp.zeros((5, 3, 7)), jnp.zeros((5, 7, 2))
+  product = 2 * 5 * 3 * 7 * 2
+  assert flops(jnp.matmul, a, b) == product
+  # What nothing uses is free; a scan counts its length, a branch the dearest way.
+  assert flops(jax.jit(lambda a, b: (a @ b, a)[1]), a, b) == 0
+  assert flops(lambda a, b: lax.map(lambda x: x[0] @ x[1], (a, b)), a, b) == product
+  assert (
+    flops(lambda a, b: lax.cond(a.sum() > 0, jnp.matmul, lambda a, b: 0 * a[..., :2], a, b), a, b)
+    == product
+  )
