@@ -6,9 +6,11 @@ The trainer's own update with the settings of `configs/mar.py` and `configs/flux
 discriminator, both optimizers, the average) on one 256x256 image, float32, on the CPU, random
 weights. `mar` has the official adaptive layer, `mar_last` the decoder's last convolution with an
 adapter, which FLUX's official one is. Each case has a process of its own: seconds are the median
-of `--steps` updates after a first one; the peak is the largest resident size of the process up to
-then, with Python, jax, weights, moments and compilation in it. The parts follow, each compiled by
-itself, in another process: forward, and forward + backward, with the temporaries of each.
+of `--steps` updates after a first one; the peak is the process's largest resident size while they
+ran, with Python, jax, weights and moments in it, but without what only the compiler held (on
+Linux). CPU seconds show whether other processes took part of the time: two cores spend two of them
+a second. The parts follow, each compiled by itself, in another process: forward, and forward +
+backward, with the temporaries of each.
 
 FLOPs are two for every multiplication in a convolution or matrix product, taken from the update's
 jaxpr without what nothing uses; products with the zeros of padding and dilation do not count, a
@@ -28,6 +30,7 @@ The last line is JSON.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -303,8 +306,21 @@ def minimum(trainer: TokenizerTrainer, state) -> dict[str, float]:
 
 
 def peak() -> float:
-  """Largest resident size of this process so far, in GB."""
+  """Largest resident size of this process so far, or since `forget_peak`, in GB."""
+  status = pathlib.Path("/proc/self/status")
+  if status.exists():
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def forget_peak() -> None:
+  """Hands memory that only the compiler used back and starts the peak anew, where Linux can."""
+  try:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+  except OSError:
+    pass
 
 
 def measure_step(trainer: TokenizerTrainer, steps: int) -> dict:
@@ -315,14 +331,18 @@ def measure_step(trainer: TokenizerTrainer, steps: int) -> dict:
   state = jax.block_until_ready(trainer.initial_state())
   result = {"gb_before": peak()}
   step = trainer._step.lower(state, trainer._frozen, images).compile()
-  result["gb_compiled"], times = peak(), []
+  result["gb_compiled"], times, cpu = peak(), [], []
   result["gb_temporaries"] = step.memory_analysis().temp_size_in_bytes / 1e9
+  forget_peak()
+  result["gb_start"] = peak()
   for _ in range(steps + 1):
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     state, metrics = jax.block_until_ready(step(state, trainer._frozen, images))
     times.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - start_cpu)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics)), metrics
   result |= {"seconds": statistics.median(times[1:]), "all_seconds": times, "peak_gb": peak()}
+  result["cpu_seconds"] = statistics.median(cpu[1:])
   result["flops"] = flops(trainer._update, state, trainer._frozen, images)
   result["minimum"] = {k: float(v) for k, v in minimum(trainer, state).items()}
   return result
@@ -394,9 +414,9 @@ def main() -> None:
     least = sum(x["minimum"].values())
     ratio = x["flops"] / least
     print(
-      f"{case}: {x['seconds']:.2f} s (of {', '.join(f'{t:.2f}' for t in x['all_seconds'])}), "
-      f"peak {x['peak_gb']:.2f} GB ({x['gb_before']:.2f} before, {x['gb_compiled']:.2f} compiled; "
-      f"temporaries {x['gb_temporaries']:.2f})"
+      f"{case}: {x['seconds']:.2f} s (of {', '.join(f'{t:.2f}' for t in x['all_seconds'])}; "
+      f"{x['cpu_seconds']:.1f} s of CPU)\n  peak {x['peak_gb']:.2f} GB: {x['gb_start']:.2f} before "
+      f"and {x['gb_temporaries']:.2f} of temporaries; compiling took {x['gb_compiled']:.2f}"
     )
     print(f"  {x['flops'] / 1e9:.0f} GFLOP, {ratio:.3f} of the least {least / 1e9:.0f}:")
     for name, value in x["minimum"].items():
