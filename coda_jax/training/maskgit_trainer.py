@@ -15,12 +15,14 @@ from coda_jax import sharding, weights
 from coda_jax.config import MaskGITTrainConfig, MaskingSettings
 from coda_jax.data import tokens
 from coda_jax.errors import UserError
-from coda_jax.functional import Arrays, part, take_apart
+from coda_jax.functional import Arrays, Functional, part, take_apart
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.ops.cross_entropy import cross_entropy
 from coda_jax.training import checkpoints
 from coda_jax.training.logging import parameter_overview
 from coda_jax.training.tokenizer_trainer import ema_decay, make_optimizer
+
+TRAINED = (("Param", ""),)  # (variable type, regex over the path); the code values do not
 
 
 @struct.dataclass
@@ -63,6 +65,124 @@ def draw_mask(
     score += levels
   rank = jnp.argsort(jnp.argsort(-score, 1), 1)  # 0 is the first to be masked
   return rank < count[:, None]
+
+
+class MaskGITUpdate:
+  """The pure part of a generator's training: functions of arrays, to be jitted.
+
+  Attributes:
+    model_config: the model's.
+    model: its structure.
+    learning_rate: by the updates done.
+  """
+
+  def __init__(
+    self,
+    config: MaskGITTrainConfig,
+    model_config: MaskGITConfig,
+    model: Functional,
+    steps_per_epoch: int = 1,
+  ):
+    self.config, self.model_config, self.model = config, model_config, model
+    self.steps_per_epoch = steps_per_epoch
+    self.optimizer, self.learning_rate = make_optimizer(config.optimizer, config.steps)
+    self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+
+  def fresh_state(self, params: Arrays) -> GeneratorState:
+    """The state before the first update."""
+    levels = len(self.model_config.patch_sizes)
+    return GeneratorState(
+      step=jnp.zeros((), jnp.int32),
+      params=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
+      ema=jax.tree.map(jnp.copy, params),
+      optimizer=self.optimizer.init(params),
+      # With a type: a weak one would compile the second update anew.
+      level_loss=jnp.full(levels, math.log(self.model_config.codebook_size), jnp.float32),
+      level_accuracy=jnp.zeros(levels),
+    )
+
+  def sums(self, params: Arrays, frozen, ids, labels, key, smoothing: float, dropout: float):
+    """(sum of losses, (masked tokens, losses and right guesses) per level [3, levels])."""
+    c = self.model_config
+    mask_key, drop_key = jax.random.split(key)
+    ids = ids.astype(jnp.int32)
+    mask = draw_mask(mask_key, self.config.masking, c.levels, len(ids))
+    drop = jax.random.bernoulli(drop_key, dropout, labels.shape) | (labels < 0)
+    model = self.model.module(params, frozen)
+    hidden = model(jnp.where(mask, c.mask_id, ids), jnp.where(drop, c.null_class, labels))
+    weight = mask.astype(jnp.float32)
+    found = cross_entropy(
+      hidden.reshape(-1, hidden.shape[-1]),
+      *model.output_table(),
+      ids.reshape(-1),
+      weights=weight.reshape(-1),
+      label_smoothing=smoothing,
+    )
+    per_token = jnp.stack(
+      [weight, found.loss.reshape(ids.shape), weight * found.correct.reshape(ids.shape)]
+    )
+    of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
+    return found.loss.sum(), jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
+
+  def update(
+    self, state: GeneratorState, frozen: Arrays, batch: dict[str, jax.Array]
+  ) -> tuple[GeneratorState, dict[str, jax.Array]]:
+    """One update from {"ids": [accumulation, B, N], "label": [accumulation, B]}."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(self._key), state.step)
+    n = len(batch["ids"])
+
+    def mean_loss(params, i, ids, labels):
+      total, sums = self.sums(
+        params,
+        frozen,
+        ids,
+        labels,
+        jax.random.fold_in(key, i),
+        self.config.label_smoothing,
+        self.config.class_dropout,
+      )
+      return total / sums[0].sum(), sums
+
+    def micro_batch(i, ids, labels):
+      grad = jax.grad(mean_loss, has_aux=True)
+      gradients, sums = grad(state.params, i, ids, labels)
+      return jax.tree.map(lambda x: x / n, gradients), sums
+
+    def add(total, x):
+      return jax.tree.map(jnp.add, total, micro_batch(*x)), None
+
+    ids, labels = batch["ids"], batch["label"]
+    if n == 1:
+      gradients, sums = micro_batch(0, ids[0], labels[0])
+    else:
+      shapes = jax.eval_shape(micro_batch, 0, ids[0], labels[0])
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      (gradients, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(n), ids, labels))
+    updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(self.config.ema, state.step, self.steps_per_epoch)
+    ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.ema, params)
+    count, loss, correct = sums
+    seen = jnp.maximum(count, 1)
+    level_loss = jnp.where(count > 0, loss / seen, state.level_loss)
+    level_accuracy = jnp.where(count > 0, correct / seen, state.level_accuracy)
+    metrics = {
+      "loss": loss.sum() / count.sum(),
+      "accuracy": correct.sum() / count.sum(),
+      "level_loss": level_loss,
+      "level_accuracy": level_accuracy,
+      "masked": count.sum() / ids.size,
+      "grad_norm": optax.global_norm(gradients),
+      "learning_rate": self.learning_rate(state.step),
+    }
+    new = GeneratorState(state.step + 1, params, ema, optimizer, level_loss, level_accuracy)
+    return new, metrics
+
+  def eval_sums(self, ema: Arrays, frozen: Arrays, batch, number):
+    """Sums per level [3, levels] of the held-out batch `number`."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(self._key), np.uint32(2**32 - 1))
+    key = jax.random.fold_in(key, number)
+    return self.sums(ema, frozen, batch["ids"][0], batch["label"][0], key, 0.0, 0.0)[1]
 
 
 def _load_tokens(path: str, config: MaskGITTrainConfig, fields: dict) -> tokens.TokenSource:
@@ -126,25 +246,24 @@ class MaskGITTrainer:
       mlp_ratio=m.mlp_ratio,
       attention=m.attention,
     )
-    self.steps_per_epoch = max(1, len(self.train_tokens) // config.data.batch_size)
-    self._optimizer, self.learning_rate = make_optimizer(config.optimizer, self.steps)
-    self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
     self._model, arrays = take_apart(self._initial_model())
-    params, frozen = part(arrays, self._model.select((("Param", ""),)))
+    steps_per_epoch = max(1, len(self.train_tokens) // config.data.batch_size)
+    self._pure = MaskGITUpdate(config, self.model_config, self._model, steps_per_epoch)
+    params, frozen = part(arrays, self._model.select(TRAINED))
     self._initial = jax.tree.map(np.asarray, params)
     self._frozen = jax.device_put(frozen, self._shardings(frozen))
-    state = jax.eval_shape(self._fresh_state, self._initial)
+    state = jax.eval_shape(self._pure.fresh_state, self._initial)
     self._state_shardings = self._shardings(state)
     self._abstract = checkpoints.abstract(state, self._state_shardings)
     rest = self._shardings(self._frozen), sharding.batch_sharding(mesh, leading=1)
     self._step = jax.jit(
-      self._update,
+      self._pure.update,
       donate_argnums=0,
       in_shardings=(self._state_shardings, *rest),
       out_shardings=(self._state_shardings, sharding.replicated(mesh)),
     )
     self._evaluate = jax.jit(
-      self._eval_sums,
+      self._pure.eval_sums,
       in_shardings=(self._state_shardings.ema, *rest, None),
       out_shardings=sharding.replicated(mesh),
     )
@@ -163,22 +282,10 @@ class MaskGITTrainer:
 
     return nnx.jit(make)(jax.random.key(self.config.seed), values)
 
-  def _fresh_state(self, params: Arrays) -> GeneratorState:
-    levels = len(self.model_config.patch_sizes)
-    return GeneratorState(
-      step=jnp.zeros((), jnp.int32),
-      params=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
-      ema=jax.tree.map(jnp.copy, params),
-      optimizer=self._optimizer.init(params),
-      # With a type: a weak one would compile the second update anew.
-      level_loss=jnp.full(levels, math.log(self.model_config.codebook_size), jnp.float32),
-      level_accuracy=jnp.zeros(levels),
-    )
-
   def initial_state(self) -> GeneratorState:
     """Fresh weights."""
     params = jax.device_put(self._initial, self._state_shardings.params)
-    return jax.jit(self._fresh_state, out_shardings=self._state_shardings)(params)
+    return jax.jit(self._pure.fresh_state, out_shardings=self._state_shardings)(params)
 
   def abstract_state(self) -> GeneratorState:
     """Shapes, types and shardings of the state."""
@@ -193,80 +300,6 @@ class MaskGITTrainer:
   def step(self, state: GeneratorState, batch) -> tuple[GeneratorState, dict[str, jax.Array]]:
     """One update from {"ids": [accumulation, B, N], "label": [accumulation, B]}."""
     return self._step(state, self._frozen, batch)
-
-  def _sums(self, params: Arrays, frozen, ids, labels, key, smoothing: float, dropout: float):
-    """(sum of losses, (masked tokens, losses and right guesses) per level [3, levels])."""
-    c = self.model_config
-    mask_key, drop_key = jax.random.split(key)
-    ids = ids.astype(jnp.int32)
-    mask = draw_mask(mask_key, self.config.masking, c.levels, len(ids))
-    drop = jax.random.bernoulli(drop_key, dropout, labels.shape) | (labels < 0)
-    model = self._model.module(params, frozen)
-    hidden = model(jnp.where(mask, c.mask_id, ids), jnp.where(drop, c.null_class, labels))
-    weight = mask.astype(jnp.float32)
-    found = cross_entropy(
-      hidden.reshape(-1, hidden.shape[-1]),
-      *model.output_table(),
-      ids.reshape(-1),
-      weights=weight.reshape(-1),
-      label_smoothing=smoothing,
-    )
-    per_token = jnp.stack(
-      [weight, found.loss.reshape(ids.shape), weight * found.correct.reshape(ids.shape)]
-    )
-    of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
-    return found.loss.sum(), jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
-
-  def _update(self, state: GeneratorState, frozen, batch):
-    key = jax.random.fold_in(jax.random.wrap_key_data(self._key), state.step)
-    n = len(batch["ids"])
-
-    def mean_loss(params, i, ids, labels):
-      total, sums = self._sums(
-        params,
-        frozen,
-        ids,
-        labels,
-        jax.random.fold_in(key, i),
-        self.config.label_smoothing,
-        self.config.class_dropout,
-      )
-      return total / sums[0].sum(), sums
-
-    def micro_batch(i, ids, labels):
-      grad = jax.grad(mean_loss, has_aux=True)
-      gradients, sums = grad(state.params, i, ids, labels)
-      return jax.tree.map(lambda x: x / n, gradients), sums
-
-    def add(total, x):
-      return jax.tree.map(jnp.add, total, micro_batch(*x)), None
-
-    ids, labels = batch["ids"], batch["label"]
-    if n == 1:
-      gradients, sums = micro_batch(0, ids[0], labels[0])
-    else:
-      shapes = jax.eval_shape(micro_batch, 0, ids[0], labels[0])
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-      (gradients, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(n), ids, labels))
-    updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(self.config.ema, state.step, self.steps_per_epoch)
-    ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.ema, params)
-    count, loss, correct = sums
-    seen = jnp.maximum(count, 1)
-    level_loss = jnp.where(count > 0, loss / seen, state.level_loss)
-    level_accuracy = jnp.where(count > 0, correct / seen, state.level_accuracy)
-    metrics = {
-      "loss": loss.sum() / count.sum(),
-      "accuracy": correct.sum() / count.sum(),
-      "level_loss": level_loss,
-      "level_accuracy": level_accuracy,
-      "masked": count.sum() / ids.size,
-      "grad_norm": optax.global_norm(gradients),
-      "learning_rate": self.learning_rate(state.step),
-    }
-    new = GeneratorState(state.step + 1, params, ema, optimizer, level_loss, level_accuracy)
-    return new, metrics
 
   # Data, evaluation, export.
 
@@ -311,11 +344,6 @@ class MaskGITTrainer:
       for name, values in (("level_loss", loss / seen), ("level_accuracy", correct / seen))
       for i, x in enumerate(values, 1)
     }
-
-  def _eval_sums(self, ema: Arrays, frozen, batch, number):
-    key = jax.random.fold_in(jax.random.wrap_key_data(self._key), np.uint32(2**32 - 1))
-    key = jax.random.fold_in(key, number)
-    return self._sums(ema, frozen, batch["ids"][0], batch["label"][0], key, 0.0, 0.0)[1]
 
   def export(self, state: GeneratorState, workdir: pathlib.Path) -> None:
     """Writes the generator with the averaged weights to `workdir`/generator."""

@@ -1,0 +1,317 @@
+"""MaskGIT L on MAR's 680 tokens: training, sampling, cross-entropy, memory on a v5e chip.
+
+    python benchmarks/maskgit.py [--size l] [--steps 3] [--sample-steps 2] [--dtype float32]
+
+On the CPU, batches of 1 and 4: the trainer's whole update (optimizer and average included), and the
+sampler with guidance. FLOPs are those of the model's products, counted once forward and twice
+backward (recomputed logits do not count), and are compared with products of the shapes of the
+model's MLP that run between the updates. Then the streamed cross-entropy (loss and gradients)
+against the materialised one, both alternating, each in a process of its own: times are the best of
+all, peak memory is the process's largest resident size above what it was before the first call.
+With libtpu installed (`pip install -e '.[tpu]'`; no TPU is needed) what an update of 32 images
+needs on one v5e chip follows. The last line is JSON.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from coda_jax import config as c
+from coda_jax import sharding
+from coda_jax.functional import part, take_apart
+from coda_jax.generation import sampler
+from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
+from coda_jax.ops import cross_entropy
+from coda_jax.training.maskgit_trainer import TRAINED, MaskGITUpdate
+from configs.maskgit import SIZES
+
+MAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536)}
+V5E_GB = 16.0
+
+
+def model_config(size: str, case: str) -> MaskGITConfig:
+  """With ImageNet's classes."""
+  s = SIZES[size]
+  patch_sizes, codes = CASES[case]
+  return MaskGITConfig(s.width, s.depth, s.heads, 1000, patch_sizes, codes)
+
+
+def settings(dtype: str, remat: bool, batch_size: int) -> c.MaskGITTrainConfig:
+  """The training's own; the first updates would hardly change anything with its warm-up."""
+  config = c.MaskGITTrainConfig(c.TokenDataSettings("", "", batch_size=batch_size))
+  optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+  return dataclasses.replace(config, dtype=dtype, remat=remat, optimizer=optimizer)
+
+
+def forward_flops(m: MaskGITConfig, batch: int, logits: int) -> float:
+  """Of the products of one forward pass with the logits of so many tokens."""
+  t, w = m.tokens + 1, m.width
+  block = t * 2 * w * w * (4 + 2 * m.mlp_ratio) + 4 * t * t * w
+  blocks = (m.depth + 1) * block + m.depth // 2 * t * 2 * 2 * w * w
+  head = 8 * m.tokens * w * w
+  embedding = 2 * m.tokens * m.code_dim * w
+  table = 2 * m.codebook_size * (m.code_dim + w) * w
+  return batch * (blocks + head + embedding) + table + 2 * logits * w * m.codebook_size
+
+
+def parts(m: MaskGITConfig, config: c.MaskGITTrainConfig):
+  """(update, function that makes trained and frozen arrays)."""
+  dtype = jnp.dtype(config.dtype)
+  make = lambda: MaskGIT(m, dtype=dtype, remat=config.remat, rngs=nnx.Rngs(0))  # noqa: E731
+  structure = []
+
+  def arrays():
+    model, arrays = take_apart(make())
+    structure.append(model)
+    return part(arrays, model.select(TRAINED))
+
+  jax.eval_shape(arrays)
+  return MaskGITUpdate(config, m, structure[0]), arrays
+
+
+def batch_shapes(m: MaskGITConfig, batch: int):
+  return {
+    "ids": jax.ShapeDtypeStruct((1, batch, m.tokens), jnp.uint16),
+    "label": jax.ShapeDtypeStruct((1, batch), jnp.int32),
+  }
+
+
+class Matmul:
+  """FLOPs a second of products of the shapes of the MLP; calls the best so far."""
+
+  def __init__(self, m: MaskGITConfig, batch: int, dtype):
+    rng = np.random.default_rng(0)
+    inner = round(m.mlp_ratio * m.width)
+    shapes = (batch * m.tokens, m.width), (m.width, inner), (inner, m.width)
+    self._xs = [jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, dtype) for s in shapes]
+    self._run = jax.jit(lambda x, a, b: (x @ a) @ b)
+    self._flops = 4 * batch * m.tokens * m.width * inner
+    self.rate = 0.0
+    self(1)
+
+  def __call__(self, repeats: int = 5) -> None:
+    for _ in range(repeats):
+      start = time.perf_counter()
+      jax.block_until_ready(self._run(*self._xs))
+      self.rate = max(self.rate, self._flops / (time.perf_counter() - start))
+
+
+def measure_training(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> dict[str, float]:
+  """Seconds of an update and its part of the matmul's FLOPs."""
+  update, arrays = parts(m, settings(dtype, False, batch))
+  params, frozen = jax.jit(arrays)()
+  state = jax.jit(update.fresh_state)(params)
+  del params
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, m.codebook_size, (1, batch, m.tokens), np.uint16)
+  data = {"ids": jnp.asarray(ids), "label": jnp.zeros((1, batch), jnp.int32)}
+  step = jax.jit(update.update, donate_argnums=0)
+  matmul = Matmul(m, batch, dtype)
+  times = []
+  for _ in range(steps + 1):
+    matmul()
+    start = time.perf_counter()
+    state, metrics = jax.block_until_ready(step(state, frozen, data))
+    times.append(time.perf_counter() - start)
+  matmul()
+  assert np.isfinite(metrics["loss"])
+  flops = 3 * forward_flops(m, batch, batch * m.tokens)
+  return report("an update", batch, min(times[1:]), flops, matmul)
+
+
+def measure_sampling(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> dict[str, float]:
+  """Seconds of a batch of samples, with guidance, and their part of the matmul's FLOPs."""
+  model = nnx.jit(lambda: MaskGIT(m, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
+  run = sampler.bind(model)
+  chosen = sampler.SamplerSettings(steps=steps)
+  matmul = Matmul(m, 2 * batch, dtype)
+  ids = np.full((batch, m.tokens), m.mask_id, np.int32)
+  times = []
+  for i in range(3):
+    matmul()
+    start = time.perf_counter()
+    jax.block_until_ready(run(ids, np.zeros(batch, np.int32), jax.random.key(i), chosen).ids)
+    times.append(time.perf_counter() - start)
+  matmul()
+  left = sampler.masked_counts(chosen.schedule, steps, [m.tokens])[:, 0]
+  drawn = m.tokens + int(left[:-1].sum())  # tokens that were masked before each step
+  table = forward_flops(m, 0, 0)
+  flops = steps * (forward_flops(m, 2 * batch, 0) - table) + table
+  flops += 2 * batch * drawn * m.width * m.codebook_size
+  return report(f"{steps} sampling steps with guidance", batch, min(times[1:]), flops, matmul)
+
+
+def report(what: str, batch: int, seconds: float, flops: float, matmul: Matmul):
+  """Prints and returns the figures."""
+  found = {
+    "seconds": seconds,
+    "fraction": flops / seconds / matmul.rate,
+    "matmul_gflops": matmul.rate / 1e9,
+  }
+  print(
+    f"{what}, batch {batch}: {seconds:.2f} s, {flops / seconds / 1e9:.0f} GFLOP/s, "
+    f"{found['fraction']:.0%} of a matmul's {matmul.rate / 1e9:.0f}",
+    flush=True,
+  )
+  return found
+
+
+def peak() -> float:
+  """Largest resident size of this process so far, in GB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def materialised(
+  hidden, table, bias, labels, *, weights=None, label_smoothing=0.0, chunk_size=None
+) -> cross_entropy.CrossEntropy:
+  """`cross_entropy` with all logits held, gradients by jax.grad."""
+  s = jnp.matmul(hidden, table.T, precision="highest", preferred_element_type=jnp.float32) + bias
+  log_sum = jax.nn.logsumexp(s, 1)
+  chosen = jnp.take_along_axis(s, labels[:, None], 1)[:, 0]
+  loss = log_sum - (1 - label_smoothing) * chosen - label_smoothing * s.mean(1)
+  loss = loss if weights is None else weights * loss
+  return cross_entropy.CrossEntropy(loss, chosen == s.max(1))
+
+
+def measure_cross_entropy(case: str, form: str, batch: int, repeats: int) -> dict[str, float]:
+  """Seconds of loss and gradients, and the GB that they add to the process."""
+  m = model_config("l", case)
+  rng = np.random.default_rng(0)
+  n = batch * m.tokens
+  shapes = (n, m.width), (m.codebook_size, m.width), (m.codebook_size,)
+  arrays = [jnp.asarray(rng.normal(size=s) / m.width**0.25, jnp.float32) for s in shapes]
+  labels = jnp.asarray(rng.integers(0, m.codebook_size, n), jnp.int32)
+  function = materialised if form == "materialised" else cross_entropy.cross_entropy
+
+  def mean(*arrays):
+    found = function(*arrays, labels, label_smoothing=0.1)
+    return found.loss.mean(), found.correct.sum()
+
+  jax.block_until_ready((arrays, labels))
+  before, times = peak(), []
+  run = jax.jit(jax.value_and_grad(mean, (0, 1, 2), has_aux=True)).lower(*arrays).compile()
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(run(*arrays))
+    times.append(time.perf_counter() - start)
+  return {"seconds": min(times[1:]), "peak_gb": peak() - before}
+
+
+def v5e_update(m: MaskGITConfig, images: int, remat: bool) -> dict[str, float]:
+  """GB of an update compiled for one v5e chip: state and batch (donated), and temporaries.
+
+  A program that the compiler cannot fit has no figures; its message goes to stderr.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  from jax.experimental import topologies
+
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  mesh = sharding.make_mesh(c.MeshSettings(), topology.devices[:1])
+  update, arrays = parts(m, settings("bfloat16", remat, images))
+  params, frozen = jax.eval_shape(arrays)
+  shapes = jax.eval_shape(update.fresh_state, params), frozen, batch_shapes(m, images)
+  chip = sharding.replicated(mesh)
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)  # noqa: E731
+  step = jax.jit(update.update, donate_argnums=0)
+  with jax.set_mesh(mesh):
+    lowered = step.lower(*jax.tree.map(place, shapes))
+    try:
+      memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as e:
+      print(e, file=sys.stderr)
+      return {}
+  state = memory.argument_size_in_bytes / 1e9
+  fresh = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9
+  temporaries = memory.temp_size_in_bytes / 1e9
+  return {"state": state, "temp": temporaries, "total": state + fresh + temporaries}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--size", choices=SIZES, default="l", help="of the model")
+  parser.add_argument("--steps", type=int, default=3, help="updates that are timed")
+  parser.add_argument("--sample-steps", type=int, default=2, help="steps of sampling")
+  parser.add_argument("--dtype", default="float32", help="of the computation on the CPU")
+  parser.add_argument("--rounds", type=int, default=2, help="processes of each cross-entropy")
+  parser.add_argument("--repeats", type=int, default=3, help="calls in each process")
+  parser.add_argument(
+    "--only", choices=("train", "sample", "cross_entropy", "v5e"), help="one of the parts"
+  )
+  parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.measure:
+    case, form, batch = args.measure
+    print(json.dumps(measure_cross_entropy(case, form, int(batch), args.repeats)))
+    return
+  m, result = model_config(args.size, "mar_16384"), {}
+  wanted = lambda part: args.only in (None, part)  # noqa: E731
+
+  for part_name, key, measure, steps in (
+    ("train", "train", measure_training, args.steps),
+    ("sample", f"sample_{args.sample_steps}_steps", measure_sampling, args.sample_steps),
+  ):
+    for batch in (1, 4) if wanted(part_name) else ():
+      found = measure(m, args.dtype, batch, steps)
+      result[f"{key}_seconds_batch_{batch}"] = round(found["seconds"], 3)
+      result[f"matmul_fraction_{part_name}_batch_{batch}"] = round(found["fraction"], 3)
+      result[f"matmul_fraction_{part_name}"] = round(found["fraction"], 3)  # of the larger batch
+
+  forms = ("materialised", "streamed")
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  for case, batch in (("mar_16384", 4), ("flux_65536", 1)) if wanted("cross_entropy") else ():
+    best = {}
+    for form in forms * args.rounds:
+      words = [sys.executable, __file__, "--measure", case, form, str(batch)]
+      words += ["--repeats", str(args.repeats)]
+      out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+      new = json.loads(out.stdout.splitlines()[-1])
+      best[form] = {k: min(x, best.get(form, new)[k]) for k, x in new.items()}
+    for form, x in best.items():
+      print(
+        f"cross-entropy, {case}, batch {batch}, {form}: loss and gradients {x['seconds']:.2f} s, "
+        f"peak {x['peak_gb']:.2f} GB",
+        flush=True,
+      )
+    slow, fast = (best[form] for form in forms)
+    suffix = "" if case.startswith("mar") else f"_{case}"
+    result[f"cross_entropy_speedup{suffix}"] = round(slow["seconds"] / fast["seconds"], 2)
+    result[f"cross_entropy_peak_ratio{suffix}"] = round(slow["peak_gb"] / fast["peak_gb"], 2)
+
+  for remat in (False, True) if wanted("v5e") else ():
+    key = f"temp_gb_v5e_{args.size}_32" + ("_remat" if remat else "")
+    result[key] = None
+    if not importlib.util.find_spec("libtpu"):
+      print("v5e: not compiled, libtpu is not installed (pip install -e '.[tpu]')")
+      continue
+    found = v5e_update(m, 32, remat)
+    what = f"v5e, an update of 32 images, {'with' if remat else 'without'} remat"
+    if not found:
+      print(f"{what}: the compiler finds no way to fit {V5E_GB:.0f} GB", flush=True)
+      continue
+    result[key] = round(found["temp"], 3)
+    fits = "fits" if found["total"] < V5E_GB else "does not fit"
+    print(
+      f"{what}: weights, average, moments and batch {found['state']:.2f} GB, temporaries "
+      f"{found['temp']:.2f} GB, together {found['total']:.2f} GB: {fits} {V5E_GB:.0f} GB",
+      flush=True,
+    )
+  print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()
