@@ -38,7 +38,7 @@ def config(folder, **changes) -> c.MaskGITTrainConfig:
     model=c.MaskGITSettings(width=32, depth=2, heads=2),
     steps=6,
     dtype="float32",
-    optimizer=c.OptimizerSettings(learning_rate=1e-2, warmup_steps=0, clip=1.0),
+    optimizer=c.OptimizerSettings(learning_rate=1e-3, warmup_steps=0, clip=1.0),
     ema=c.EMASettings(decay=0.5, start_epoch=0),
     eval=c.EvalSettings(batch_size=8, lpips=False),
     checkpoint=c.CheckpointSettings(every=2, best_metric="-loss"),
