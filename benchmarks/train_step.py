@@ -194,9 +194,12 @@ def _random_arrays(make) -> dict[str, np.ndarray]:
   return out
 
 
-def make_trainer(case: str, folder: pathlib.Path, image_size: int = 256) -> TokenizerTrainer:
-  """The trainer of a case with batches of one image; its frozen networks go to `folder`."""
+def make_trainer(case: str, folder: pathlib.Path, **changes) -> TokenizerTrainer:
+  """The trainer of a case with batches of one image; its frozen networks go to `folder`.
 
+  Args:
+    changes: to the config's settings.
+  """
   name, vae = CASES[case]
   make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))  # noqa: E731
   weights.write_directory(
@@ -214,8 +217,10 @@ def make_trainer(case: str, folder: pathlib.Path, image_size: int = 256) -> Toke
       settings.adversarial, dino_weights=str(folder / "dino"), adaptive_layer=layer
     ),
     eval=dataclasses.replace(settings.eval, batch_size=1),
+    **changes,
   )
-  lpips = weights.build(LPIPS, _random_arrays(LPIPS), "random")
+  dtype = jnp.dtype(settings.dtype)
+  lpips = weights.build(lambda: LPIPS(dtype=dtype), _random_arrays(LPIPS), "random")
   return TokenizerTrainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]), lpips)
 
 

@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.vae import REMAT
 
 # What may differ when a workdir is continued: where and how it runs, not what it computes.
 MAY_CHANGE_ON_RESUME = (
@@ -284,6 +285,10 @@ class TrainConfig:
     epochs: see `steps`; also the unit of `ema.start_epoch`.
     dtype: of the VAE's computation, "float32" or "bfloat16"; weights, look-ups, norms' statistics
       and losses are float32 always.
+    fold: add the adapters to the kernels before the convolutions instead of to their outputs: half
+      the memory traffic of the VAE, more products. For accelerators.
+    remat: what of the VAE the backward pass computes anew: "none" (the compiler decides), "convs"
+      (all but convolutions), "blocks" (residual blocks): less memory, more work.
     trainable: (variable type, regex over paths) pairs; what one of them matches is trained.
       Gradients and moments exist for those alone.
   """
@@ -294,6 +299,8 @@ class TrainConfig:
   steps: int = 0
   epochs: int = 10
   dtype: str = "float32"
+  fold: bool = False
+  remat: str = "none"
   trainable: tuple[tuple[str, str], ...] = (("LoRAParam", ""), ("Param", r"^quantizer\."))
   losses: LossSettings = LossSettings()
   adversarial: AdversarialSettings = AdversarialSettings()
@@ -307,6 +314,8 @@ class TrainConfig:
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(f"config.dtype={self.dtype!r}; it is float32 or bfloat16")
+    if self.remat not in REMAT:
+      raise UserError(f"config.remat={self.remat!r}; it is one of {', '.join(REMAT)}")
     check_regexes("config.trainable", [pattern for _, pattern in self.trainable])
     if self.steps < 0 or self.epochs < 1:
       raise UserError("config.steps must be at least 0 and config.epochs at least 1")

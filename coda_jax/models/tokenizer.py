@@ -45,11 +45,24 @@ class TokenizerConfig:
 
 
 class Tokenizer(nnx.Module):
-  """Images to lists of ids, coarse to fine, and back."""
+  """Images to lists of ids, coarse to fine, and back.
 
-  def __init__(self, config: TokenizerConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+  `dtype`, `fold` and `remat` are how the VAE computes (see `AutoencoderKL`), not what.
+  """
+
+  def __init__(
+    self,
+    config: TokenizerConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    fold: bool = False,
+    remat: str = "none",
+    rngs: nnx.Rngs,
+  ):
     self.config = config
-    self.vae = AutoencoderKL(config.vae, lora=config.lora, dtype=dtype, rngs=rngs)
+    self.vae = AutoencoderKL(
+      config.vae, lora=config.lora, dtype=dtype, fold=fold, remat=remat, rngs=rngs
+    )
     self.quantizer = ResidualQuantizer(config.quantizer, rngs=rngs)
 
   def latents(

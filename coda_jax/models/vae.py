@@ -6,7 +6,8 @@ publish it.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,8 @@ class GroupNorm(nnx.Module):
   """Group normalisation, eps 1e-6, statistics in float32.
 
   Sums run over positions first and over a group's channels last, so that channels stay in lanes.
+  They read x once: each channel's variance is that of its distances from its first pixel, which
+  keeps E[d²] − E[d]² from cancelling where a channel's mean is far from 0.
   """
 
   def __init__(self, channels: int, groups: int):
@@ -102,13 +105,17 @@ class GroupNorm(nnx.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     b, _, _, c = x.shape
     y = x.astype(jnp.float32)
+    first = jax.lax.stop_gradient(y[:, :1, :1])
 
     def group_mean(t):
-      t = t.mean((1, 2)).reshape(b, self.groups, c // self.groups).mean(-1)
+      t = t.reshape(b, self.groups, c // self.groups).mean(-1)
       return jnp.repeat(t, c // self.groups, axis=-1)[:, None, None]
 
-    mean = group_mean(y)
-    factor = jax.lax.rsqrt(group_mean(jnp.square(y - mean)) + 1e-6) * self.scale[...]
+    distance = (y - first).mean((1, 2), keepdims=True)
+    variance = jnp.square(y - first).mean((1, 2), keepdims=True) - jnp.square(distance)
+    mean = group_mean(first + distance)
+    variance = group_mean(variance + jnp.square(first + distance - mean))
+    factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-6) * self.scale[...]
     return (y * factor + (self.bias[...] - mean * factor)).astype(x.dtype)
 
 
@@ -183,6 +190,28 @@ class Upsample(nnx.Module):
     return self.conv(x.reshape(b, 2 * h, 2 * w, c))
 
 
+# What the backward pass computes anew: nothing by name (the compiler decides), what lies between
+# convolutions, or everything within a residual block.
+REMAT = ("none", "convs", "blocks")
+
+
+def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
+  """Runs layers, each cut into steps, one after the other."""
+  for steps in layers:
+
+    def whole(carry, steps=steps):
+      for step in steps:
+        carry = step(carry)
+      return carry
+
+    if remat == "convs":
+      for step in steps:
+        carry = jax.checkpoint(step)(carry)
+    else:
+      carry = (jax.checkpoint(whole) if remat == "blocks" else whole)(carry)
+  return carry
+
+
 @dataclasses.dataclass
 class _Maker:
   """Makes the layers of one autoencoder: knows the norm's groups and who gets an adapter."""
@@ -190,13 +219,14 @@ class _Maker:
   groups: int
   lora: LoRAConfig | None
   rngs: nnx.Rngs
+  fold: bool = False
 
   def norm(self, channels: int) -> GroupNorm:
     return GroupNorm(channels, self.groups)
 
   def conv(self, cin: int, cout: int, path: str, kernel_size: int = 3, **kwargs) -> Conv:
     rank = self.lora.rank_for(path) if self.lora else 0
-    return Conv(cin, cout, kernel_size, rank=rank, rngs=self.rngs, **kwargs)
+    return Conv(cin, cout, kernel_size, rank=rank, fold=self.fold, rngs=self.rngs, **kwargs)
 
 
 class Middle(nnx.Module):
@@ -226,8 +256,9 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
   """Images to posterior moments before `quant_conv`."""
 
-  def __init__(self, config: VAEConfig, make: _Maker):
+  def __init__(self, config: VAEConfig, make: _Maker, remat: str = "none"):
     widths = [config.ch * m for m in config.ch_mult]
+    self.remat = remat
     self.conv_in = make.conv(3, config.ch, "encoder.conv_in")
     self.down = nnx.List([])
     for i, (cin, cout) in enumerate(zip([config.ch, *widths], widths, strict=False)):
@@ -249,17 +280,21 @@ class Encoder(nnx.Module):
     return [*out, self.mid.block_1, self.mid.attn_1, self.mid.block_2]
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
-    x = self.conv_in(x)
-    for layer in self.layers():
-      x = layer(x)
+    layers = [[step for _, step in _steps_of(layer)] for layer in self.layers()]
+    x = _run(layers, self.conv_in(x), self.remat)
     return self.conv_out(nnx.swish(self.norm_out(x)))
+
+
+def _steps_of(layer: nnx.Module) -> list[tuple[str, Callable]]:
+  return layer.steps() if isinstance(layer, ResBlock) else [("", layer)]
 
 
 class Decoder(nnx.Module):
   """Latents behind `post_quant_conv` to images. `up.0` is the full resolution, as in LDM."""
 
-  def __init__(self, config: VAEConfig, make: _Maker):
+  def __init__(self, config: VAEConfig, make: _Maker, remat: str = "none"):
     widths = [config.ch * m for m in config.ch_mult]
+    self.remat = remat
     self.conv_in = make.conv(config.z_channels, widths[-1], "decoder.conv_in")
     self.mid = Middle(widths[-1], "decoder.mid", make)
     up = []
@@ -276,31 +311,30 @@ class Decoder(nnx.Module):
     self.norm_out = make.norm(widths[0])
     self.conv_out = make.conv(widths[0], 3, "decoder.conv_out")
 
-  def steps(self) -> list[tuple[str, Callable]]:
-    """(name of the adapted convolution it ends with or "", function carry -> carry), in order."""
-    out = [("", self.conv_in)]
-
-    def add(layer):
-      out.extend(layer.steps() if isinstance(layer, ResBlock) else [("", layer)])
-
+  def layers(self) -> list[list[tuple[str, Callable]]]:
+    """Every layer as its steps: (name of the adapted convolution it ends with or "", function)."""
+    out = [[("", self.conv_in)]]
     for layer in (self.mid.block_1, self.mid.attn_1, self.mid.block_2):
-      add(layer)
+      out.append(_steps_of(layer))
     for i in reversed(range(len(self.up))):
-      for layer in self.up[i].layers():
-        add(layer)
+      out += map(_steps_of, self.up[i].layers())
       if i > 0:
-        out.append((f"decoder.up.{i}.upsample.conv", self.up[i].upsample))
-    out.append(("", lambda x: self.conv_out(nnx.swish(self.norm_out(x)))))
+        out.append([(f"decoder.up.{i}.upsample.conv", self.up[i].upsample)])
+    out.append([("", lambda x: self.conv_out(nnx.swish(self.norm_out(x))))])
     return out
+
+  def steps(self) -> list[tuple[str, Callable]]:
+    """The steps of all layers, in order."""
+    return list(itertools.chain(*self.layers()))
 
   def run(self, carry, start: int = 0, stop: int | None = None):
     """Runs steps `start` to `stop`. Training cuts the decoder behind its adaptive layer with it.
 
     The carry is an array, or (input, branch) inside a residual block.
     """
-    for _, step in self.steps()[start:stop]:
-      carry = step(carry)
-    return carry
+    wanted, number = range(len(self.steps()))[start:stop], itertools.count()
+    layers = [[step for _, step in layer if next(number) in wanted] for layer in self.layers()]
+    return _run(layers, carry, self.remat)
 
   def step_index(self, name: str) -> int:
     """Index of the step that ends with convolution `name`. Raises UserError with the candidates."""
@@ -321,6 +355,8 @@ class AutoencoderKL(nnx.Module):
     config: its shape.
     lora: adapters to add, or None.
     dtype: of the computation; parameters, moments and images stay float32.
+    fold: add adapters to the kernels instead of the outputs (see `Conv`).
+    remat: one of `REMAT`.
   """
 
   def __init__(
@@ -329,12 +365,14 @@ class AutoencoderKL(nnx.Module):
     *,
     lora: LoRAConfig | None = None,
     dtype: DTypeLike = jnp.float32,
+    fold: bool = False,
+    remat: str = "none",
     rngs: nnx.Rngs,
   ):
-    make = _Maker(config.norm_groups, lora, rngs)
+    make = _Maker(config.norm_groups, lora, rngs, fold)
     self.config, self.dtype = config, dtype
-    self.encoder = Encoder(config, make)
-    self.decoder = Decoder(config, make)
+    self.encoder = Encoder(config, make, remat)
+    self.decoder = Decoder(config, make, remat)
     if config.quant_conv:
       z = config.z_channels
       self.quant_conv = make.conv(2 * z, 2 * z, "quant_conv", kernel_size=1)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from coda_jax.ops.platform import platform
+
 # Output channels of the convolutions between two poolings.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -28,7 +30,12 @@ class _Conv3x3(nnx.Module):
 
 
 def _max_pool(x):
-  """2x2, stride 2, as maxima of slices: 30x faster backward on CPU than `reduce_window`."""
+  """2x2, stride 2; but for TPUs, which have it, as maxima of slices: faster backward on CPUs.
+
+  Gradients differ where elements are equal; behind a ReLU only zeros are, and these have none.
+  """
+  if platform() == "tpu":
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
   h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
   top, bottom = x[:, 0:h:2], x[:, 1:h:2]
   return jnp.maximum(

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from coda_jax.ops.platform import platform
+
 _EPS = 1e-5
 # Logits alive at a time on each device, if no chunk size is given.
 _ELEMENTS = 2**22
@@ -58,18 +60,12 @@ class Lookup(NamedTuple):
   v: Float[Array, "v c"]
 
 
-def _platform() -> str:
-  """What this is traced for; the mesh in use knows, also when compiling ahead of time."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else jax.default_backend()
-
-
 class _Chunks:
   """How N tokens are cut into chunks that every device holds an equal part of."""
 
   def __init__(self, q: jax.Array, codes: int, size: int | None, elements: int | None = None):
     mesh = jax.typeof(q).sharding.mesh
-    elements = elements or (_CPU_ELEMENTS if _platform() == "cpu" else _ELEMENTS)
+    elements = elements or (_CPU_ELEMENTS if platform() == "cpu" else _ELEMENTS)
     self.n = q.shape[0]
     self.shards = math.gcd(self.n, math.prod(mesh.shape.values()))
     local = self.n // self.shards
@@ -112,7 +108,7 @@ def _first_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   On CPUs `jnp.argmax` over long rows is no vector loop and takes ten times as long as an
   exponential; maxima of blocks are, and leave one block of each row to search.
   """
-  if _platform() != "cpu":
+  if platform() != "cpu":
     return jnp.max(x, 1), jnp.argmax(x, 1).astype(jnp.int32)
   n, v = x.shape
   width = min(v, _BLOCK)
@@ -177,7 +173,7 @@ def _tile(q: jax.Array, codes: int) -> int:
   tile = math.gcd(codes, _CPU_TILE)
   one_device = math.prod(jax.typeof(q).sharding.mesh.shape.values()) == 1
   large = len(q) * codes > _CPU_ELEMENTS and 8 * tile >= _CPU_TILE
-  return tile if _platform() == "cpu" and one_device and large else codes
+  return tile if platform() == "cpu" and one_device and large else codes
 
 
 def _one_hot(ids: jax.Array, codes: int) -> jax.Array:
@@ -204,7 +200,7 @@ def _lookup_fwd(chunks, tau, q, k, v):
     log_total = jnp.log(total)
     entropy = log_total - _row_dot(w, x) / total
     p_mean += _dot(weight / total, w)
-    z = _dot(_one_hot(ids, codes), v.T) if _platform() == "tpu" else ()
+    z = _dot(_one_hot(ids, codes), v.T) if platform() == "tpu" else ()
     return p_mean, ((ids, m, log_total, entropy), z)
 
   weight = jnp.full((chunks.n,), 1 / chunks.n)  # 0 for the padding of a chunk
@@ -213,7 +209,7 @@ def _lookup_fwd(chunks, tau, q, k, v):
   stats, z = jax.tree.map(chunks.join, found)
   entropy_loss = jnp.mean(stats[-1]) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
   ids = stats[0]
-  z = z if _platform() == "tpu" else v[:, ids].T
+  z = z if platform() == "tpu" else v[:, ids].T
   return (ids, z, z, entropy_loss, k, v), (q, k, v, *stats, p_mean)
 
 
@@ -285,7 +281,7 @@ def _lookup_bwd(chunks, tau, residuals, cotangents):
       return jax.lax.dynamic_update_slice_in_dim(dk, new, i * tile, 1), dq + more
 
     dk, dq = jax.lax.fori_loop(0, count, add, (dk, jnp.zeros(tokens[0].shape)))
-  if _platform() == "tpu":
+  if platform() == "tpu":
     add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)  # noqa: E731
     dv, _ = jax.lax.scan(add, dv, (chunks.split(ids), chunks.split(g + g_hard)))
   else:

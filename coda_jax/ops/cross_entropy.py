@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.ops.codebook_lookup import _Chunks as Chunks
-from coda_jax.ops.codebook_lookup import _platform as platform
+from coda_jax.ops.platform import platform
 
 # Logits of a chunk on each device. Every chunk reads the table and adds to its gradient, so that
 # accelerators, where memory is slow beside products, want long ones.

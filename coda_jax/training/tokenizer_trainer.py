@@ -237,8 +237,13 @@ class TokenizerTrainer:
     given = {f"vae.{path}": v[...] for path, v in weights.flat_params(vae).items()}
 
     def make(key):
-      dtype = jnp.dtype(self.config.dtype)
-      return Tokenizer(self.tokenizer_config, dtype=dtype, rngs=nnx.Rngs(key))
+      return Tokenizer(
+        self.tokenizer_config,
+        dtype=jnp.dtype(self.config.dtype),
+        fold=self.config.fold,
+        remat=self.config.remat,
+        rngs=nnx.Rngs(key),
+      )
 
     def fresh(key):  # under jit, so that the VAE's own initialisation, not used, is left out
       return {p: v[...] for p, v in weights.flat_params(make(key)).items() if p not in given}

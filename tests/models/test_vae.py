@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ from flax import nnx
 
 from coda_jax import weights
 from coda_jax.errors import UserError
+from coda_jax.functional import take_apart
 from coda_jax.models.lora import Conv, LoRAConfig, merge_lora
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, Posterior, VAEConfig
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, GroupNorm, Posterior, VAEConfig
 from tests import tiny
 
 MAR_LORA = LoRAConfig(name_parts=("conv1", "conv2", "upsample", "downsample"))
@@ -110,3 +113,44 @@ def test_latent_scale_and_back():
   z = jnp.array([0.0, 1.0])
   np.testing.assert_allclose(vae.scale_latents(z), (z - 0.1159) * 0.3611, rtol=1e-6)
   np.testing.assert_allclose(vae.unscale_latents(vae.scale_latents(z)), z, atol=1e-6)
+
+
+# How the VAE computes must not change what: output and gradients of every array and the input.
+@functools.cache
+def output_and_gradients(fold: bool, remat: str):
+  make = lambda: AutoencoderKL(tiny.VAE, lora=tiny.LORA, fold=fold, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+  structure, arrays = take_apart(weights.build(make, tiny.random_params(make), "test"))
+  cut = structure.module(arrays).decoder.step_index("decoder.up.1.block.0.conv1") + 1
+
+  def loss(arrays, images):
+    vae = structure.module(arrays)
+    carry = vae.decoder.run(vae.decoder_input(vae.encode(images).mean), 0, cut)  # in a block
+    out = vae.decoder.run(carry, cut)
+    return jnp.square(out).mean(), out
+
+  gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  recomputed = str(jax.make_jaxpr(gradient)(arrays, tiny.images(2, 12, 20))).count("remat2[")
+  (_, out), gradients = jax.jit(gradient)(arrays, tiny.images(2, 12, 20))
+  return out, gradients, recomputed
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("remat", ["none", "convs", "blocks"])
+def test_folding_and_recomputing_change_nothing(fold, remat):
+  expected, expected_gradients, _ = output_and_gradients(False, "none")
+  out, gradients, recomputed = output_and_gradients(fold, remat)
+  np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+  for a, b in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-7)
+  assert (recomputed > 0) == (remat != "none")
+
+
+@pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 1e-5), (1000.0, 1e-3)])
+def test_group_norm_far_from_zero(mean, tolerance):
+  """Against float64; one sweep over E[x²] − E[x]² would be off by 0.4 at a mean of 1000."""
+  rng = np.random.default_rng(0)
+  x = (mean + rng.normal(size=(2, 16, 24, 8)) * rng.uniform(1, 3, 8)).astype(np.float32)
+  groups = x.astype(np.float64).reshape(2, 16, 24, 2, 4)
+  centred = groups - groups.mean((1, 2, 4), keepdims=True)
+  expected = centred / np.sqrt(np.square(centred).mean((1, 2, 4), keepdims=True) + 1e-6)
+  np.testing.assert_allclose(GroupNorm(8, 2)(jnp.asarray(x)), expected.reshape(x.shape), atol=tolerance)
