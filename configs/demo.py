@@ -1,7 +1,10 @@
 """The demo: a small VAE in MAR's layout, adapted on the embedded photos in a few CPU minutes.
 
-`configs/demo.py:attention` is the same recipe and budget without LoRA.
+`configs/demo.py:attention` is the same recipe and budget without LoRA; `:adversarial` adds a small
+PatchGAN (DINO's weights are not embedded) and takes 1500 updates.
 """
+
+import dataclasses
 
 from coda_jax import config as c
 from coda_jax.models.lora import LoRAConfig
@@ -29,4 +32,24 @@ def get_config(arg: str = "full"):
     checkpoint=c.CheckpointSettings(every=100),
     logging=c.LoggingSettings(every=10),
   )
-  return c.config_dict(c.variant(config, arg))
+  words = arg.split(",")
+  if "adversarial" in words:
+    words.remove("adversarial")
+    config = dataclasses.replace(config, **adversarial(config))
+  return c.config_dict(c.variant(config, ",".join(words)))
+
+
+def adversarial(config: c.TrainConfig) -> dict:
+  """Changes for a run with a discriminator, which needs more updates than the demo has."""
+  return {
+    "steps": 1500,
+    "adversarial": c.AdversarialSettings(
+      discriminator="patch",
+      patch_width=32,
+      patch_layers=2,
+      weight=0.5,
+      optimizer=dataclasses.replace(config.adversarial.optimizer, learning_rate=1e-3),
+    ),
+    "eval": dataclasses.replace(config.eval, every=300),
+    "checkpoint": dataclasses.replace(config.checkpoint, every=300),
+  }

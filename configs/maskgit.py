@@ -20,13 +20,19 @@ def get_config(arg: str = "mar_l"):
 
 
 def demo() -> c.MaskGITTrainConfig:
-  """A small model on the tokens of the embedded photos, for a CPU."""
+  """A small model on the tokens of the embedded photos, for a CPU: an hour or two of two cores.
+
+  `docs/generation.md` has the commands that make the tokens.
+  """
   return c.MaskGITTrainConfig(
     data=c.TokenDataSettings(
-      tokenizer="demo/tokenizer", train="demo/tokens/train", eval="demo/tokens/val", batch_size=8
+      tokenizer="demo/lora/tokenizer",
+      train="demo/tokens/train",
+      eval="demo/tokens/val",
+      batch_size=8,
     ),
-    model=c.MaskGITSettings(width=256, depth=8, heads=4),
-    steps=4_000,
+    model=c.MaskGITSettings(width=192, depth=6, heads=4),
+    steps=3_000,
     dtype="float32",
     optimizer=c.OptimizerSettings(
       learning_rate=4e-4,
@@ -37,7 +43,7 @@ def demo() -> c.MaskGITTrainConfig:
       warmup_steps=200,
     ),
     ema=c.EMASettings(decay=0.999, start_epoch=0),
-    eval=c.EvalSettings(every=500, images=64, batch_size=8, lpips=False),
-    checkpoint=c.CheckpointSettings(every=200, best_metric="-loss"),
+    eval=c.EvalSettings(every=250, images=64, batch_size=8, lpips=False),
+    checkpoint=c.CheckpointSettings(every=250, best_metric="-loss"),
     logging=c.LoggingSettings(every=20),
   )

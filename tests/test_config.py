@@ -55,6 +55,14 @@ def test_variants():
     load("configs/mar.py:codebook_size=0")
 
 
+def test_demo_with_a_discriminator():
+  config, plain = load("configs/demo.py:adversarial"), load("configs/demo.py")
+  assert config.adversarial.discriminator == "patch" and config.steps == 1500
+  assert plain.adversarial.discriminator == "none"
+  assert config.tokenizer == plain.tokenizer and config.losses == plain.losses
+  assert load("configs/demo.py:attention,adversarial").tokenizer.lora is None
+
+
 def test_overrides():
   config = load(
     "configs/mar.py",

@@ -153,4 +153,6 @@ def test_group_norm_far_from_zero(mean, tolerance):
   groups = x.astype(np.float64).reshape(2, 16, 24, 2, 4)
   centred = groups - groups.mean((1, 2, 4), keepdims=True)
   expected = centred / np.sqrt(np.square(centred).mean((1, 2, 4), keepdims=True) + 1e-6)
-  np.testing.assert_allclose(GroupNorm(8, 2)(jnp.asarray(x)), expected.reshape(x.shape), atol=tolerance)
+  np.testing.assert_allclose(
+    GroupNorm(8, 2)(jnp.asarray(x)), expected.reshape(x.shape), atol=tolerance
+  )
