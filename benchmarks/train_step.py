@@ -56,7 +56,7 @@ from coda_jax.losses.adversarial import generator_loss
 from coda_jax.losses.objective import adaptive_layer, reconstruction_loss
 from coda_jax.losses.perceptual import LPIPS
 from coda_jax.models.dino import DINO
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE, REMAT, AutoencoderKL
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 
 CASES = {"mar": ("mar", MAR_VAE), "mar_last": ("mar", MAR_VAE), "flux": ("flux", FLUX_VAE)}
@@ -385,9 +385,9 @@ def measure_parts(trainer: TokenizerTrainer) -> dict[str, list[float]]:
   return result
 
 
-def measure(case: str, what: str, steps: int) -> dict:
+def measure(case: str, what: str, steps: int, remat: str) -> dict:
   with tempfile.TemporaryDirectory() as folder:
-    trainer = make_trainer(case, pathlib.Path(folder))
+    trainer = make_trainer(case, pathlib.Path(folder), remat=remat)
     with jax.set_mesh(trainer.mesh):
       return measure_step(trainer, steps) if what == "step" else measure_parts(trainer)
 
@@ -398,11 +398,12 @@ def main() -> None:
   )
   parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
   parser.add_argument("--steps", type=int, default=3, help="updates that are timed")
+  parser.add_argument("--remat", choices=REMAT, default="none", help="the config's")
   parser.add_argument("--no-parts", action="store_true", help="the update alone")
   parser.add_argument("--measure", nargs=2, metavar=("CASE", "WHAT"), help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:
-    print(json.dumps(measure(*args.measure, args.steps)))
+    print(json.dumps(measure(*args.measure, args.steps, args.remat)))
     return
   root = str(pathlib.Path(__file__).parents[1])  # where configs/ is
   path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -410,6 +411,7 @@ def main() -> None:
 
   def run(case, what):
     words = [sys.executable, __file__, "--measure", case, what, "--steps", str(args.steps)]
+    words += ["--remat", args.remat]
     out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(out.stdout.splitlines()[-1])
 
