@@ -134,8 +134,7 @@ def output_and_gradients(fold: bool, remat: str):
   return out, gradients, recomputed
 
 
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("remat", ["none", "convs", "blocks"])
+@pytest.mark.parametrize(("fold", "remat"), [(True, "none"), (False, "convs"), (True, "blocks")])
 def test_folding_and_recomputing_change_nothing(fold, remat):
   expected, expected_gradients, _ = output_and_gradients(False, "none")
   out, gradients, recomputed = output_and_gradients(fold, remat)
