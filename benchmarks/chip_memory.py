@@ -48,7 +48,10 @@ def compile_for_chip(function, *args, donate: bool = False):
   topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
   mesh = sharding.make_mesh(c.MeshSettings(), topology.devices[:1])
   chip = sharding.replicated(mesh)
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)  # noqa: E731
+
+  def place(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)
+
   with jax.set_mesh(mesh):
     step = jax.jit(function, donate_argnums=0 if donate else ())
     return step.lower(*jax.tree.map(place, args)).compile()

@@ -147,11 +147,6 @@ class ResBlock(nnx.Module):
 
     return [(f"{self.path}.conv1", first), (f"{self.path}.conv2", second), ("", join)]
 
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    for _, step in self.steps():
-      x = step(x)
-    return x
-
 
 class AttnBlock(nnx.Module):
   """Single-head self-attention over all positions, residual."""
@@ -332,9 +327,10 @@ class Decoder(nnx.Module):
 
     The carry is an array, or (input, branch) inside a residual block.
     """
-    wanted, number = range(len(self.steps()))[start:stop], itertools.count()
-    layers = [[step for _, step in layer if next(number) in wanted] for layer in self.layers()]
-    return _run(layers, carry, self.remat)
+    layers, number = self.layers(), itertools.count()
+    wanted = range(sum(map(len, layers)))[start:stop]
+    chosen = [[step for _, step in layer if next(number) in wanted] for layer in layers]
+    return _run(chosen, carry, self.remat)
 
   def step_index(self, name: str) -> int:
     """Index of the step that ends with convolution `name`. Raises UserError with the candidates."""

@@ -118,7 +118,9 @@ def test_latent_scale_and_back():
 # How the VAE computes must not change what: output and gradients of every array and the input.
 @functools.cache
 def output_and_gradients(fold: bool, remat: str):
-  make = lambda: AutoencoderKL(tiny.VAE, lora=tiny.LORA, fold=fold, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+  def make():
+    return AutoencoderKL(tiny.VAE, lora=tiny.LORA, fold=fold, remat=remat, rngs=nnx.Rngs(0))
+
   structure, arrays = take_apart(weights.build(make, tiny.random_params(make), "test"))
   cut = structure.module(arrays).decoder.step_index("decoder.up.1.block.0.conv1") + 1
 
