@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
+from coda_jax.ops.attention import IMPLEMENTATIONS, attention
 
 _EMBEDDINGS = ("codes", "table")
-_ATTENTION = (None, "cudnn", "xla")
 _normal = nnx.initializers.normal(0.02)
 
 
@@ -34,8 +34,7 @@ class MaskGITConfig:
     embedding: "codes" makes embeddings and output table from the tokenizer's code values, "table"
       learns one table for both.
     mlp_ratio: inner width of a block's MLP / width.
-    attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn"; None leaves the
-      choice to JAX.
+    attention: "cudnn", "xla", "per_head" or None; see `ops.attention`.
   """
 
   width: int
@@ -56,8 +55,8 @@ class MaskGITConfig:
       raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}")
     if self.embedding not in _EMBEDDINGS:
       raise UserError(f"model.embedding is {self.embedding!r}; it is one of codes, table")
-    if self.attention not in _ATTENTION:
-      raise UserError(f"model.attention is {self.attention!r}; it is None, 'xla' or 'cudnn'")
+    if self.attention not in IMPLEMENTATIONS:
+      raise UserError(f"model.attention is {self.attention!r}; it is one of {IMPLEMENTATIONS}")
     if self.num_classes < 0 or self.codebook_size < 1 or not self.patch_sizes:
       raise UserError("model: num_classes, codebook_size and patch_sizes must be those of tokens")
 
@@ -132,7 +131,7 @@ class Block(nnx.Module):
     b, t, width = x.shape
     qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.config.heads, -1)
     q, k, v = (qkv[:, :, i] for i in range(3))
-    y = jax.nn.dot_product_attention(q, k, v, implementation=self.config.attention)
+    y = attention(q, k, v, self.config.attention)
     x = x + self.proj(y.reshape(b, t, width))
     return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x))))
 
