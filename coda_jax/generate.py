@@ -1,7 +1,8 @@
 """`python -m coda_jax.generate`: images of classes from a generator, and edits of an image.
 
 Writes `images/NUMBER_CLASS.png`, `grid.png` and `settings.json`; on request the samples as ADM's
-evaluation reads them (`samples.npz`, key `arr_0`), a filmstrip of the steps, and `metrics.json`.
+evaluation reads them (`samples.npz`, key `arr_0`), a filmstrip of the steps, and `metrics.json`
+with the curves of the training around the model.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures, samples
 from coda_jax.evaluation.image_quality import to_uint8
+from coda_jax.evaluation.report import training_curves
 from coda_jax.generation import editing, masking, sampler
 from coda_jax.generation.generator import Generator, load_generator
 from coda_jax.generation.sampler import SamplerSettings
 from coda_jax.outputs import check_output, written_aside
+from coda_jax.training.logging import read_metrics
 
 _GRID_COLUMNS, _GRID_ROWS, _FILMSTRIP_ROWS, _FILMSTRIP_STEPS = 8, 12, 6, 10
 
@@ -345,6 +348,10 @@ def _evaluate(
       *samples.timed_quality(found), lines, samples.MEASURES["vgg_kd"].label
     )
     plot.savefig(folder / "sweep.png")
+  # The folder around the generator is that of its training, unless it was moved.
+  curves = training_curves({"generator": read_metrics(pathlib.Path(args.model).resolve().parent)})
+  if curves:
+    figures.curves_plot(curves).savefig(folder / "curves.png")
   _write_json(folder / "metrics.json", metrics)
 
 

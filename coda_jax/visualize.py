@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     for name, tokenizer in tokenizers.items():
       log.info("measuring %s", name)
       run = _measure(name, tokenizer, images, sample, source, lpips, args)
-      runs.append(dataclasses.replace(run, history=_history(workdirs[name])))
+      runs.append(dataclasses.replace(run, history=read_metrics(workdirs[name])))
     write_report(folder / "report.html", args.title, runs, reference)
   print(f"{args.output / 'report.html'}")
 
@@ -149,10 +149,6 @@ def _training_ratio(workdir: pathlib.Path) -> float:
     return json.loads((workdir / "config.json").read_text())["data"]["resize_ratio"]
   except (OSError, ValueError, KeyError, TypeError):  # not the folder of a training
     return DataSettings.resize_ratio
-
-
-def _history(workdir: pathlib.Path) -> list[dict]:
-  return read_metrics(workdir) if (workdir / METRICS_FILE).is_file() else []
 
 
 def _load(source, size: int, args) -> np.ndarray:

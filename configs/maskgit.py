@@ -32,10 +32,10 @@ def demo() -> c.MaskGITTrainConfig:
       batch_size=8,
     ),
     model=c.MaskGITSettings(width=192, depth=6, heads=4),
-    steps=3_000,
+    steps=1_600,
     dtype="float32",
     optimizer=c.OptimizerSettings(
-      learning_rate=4e-4,
+      learning_rate=1.5e-3,
       b1=0.9,
       b2=0.99,
       weight_decay=((r"\.kernel$", 0.03),),

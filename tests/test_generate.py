@@ -24,6 +24,8 @@ def folder(tmp_path_factory):
   mask = np.zeros((24, 20), np.uint8)
   mask[:, 10:] = 255
   Image.fromarray(mask).save(path / "mask.png")
+  records = [{"kind": "eval", "step": i, "level_loss/level_1": 6.0 - i} for i in range(2)]
+  (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
   return path
 
 
@@ -51,7 +53,7 @@ def test_images_npz_filmstrip_and_metrics(folder, tmp_path, capsys):
   found = {p.name for p in out.iterdir()}
   assert found == {
     *("images", "grid.png", "settings.json", "samples.npz"),
-    *("filmstrip.png", "metrics.json", "sweep.png"),
+    *("filmstrip.png", "metrics.json", "sweep.png", "curves.png"),
   }
   with np.load(out / "samples.npz") as file:
     assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8

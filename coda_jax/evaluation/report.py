@@ -380,24 +380,26 @@ def _latent_space(runs, picture) -> str:
   return out
 
 
-def training_curves(runs: Sequence[Run]) -> dict[str, dict[str | int, tuple[list, list]]]:
-  """Quantity -> line -> (steps, values) of the runs' histories, evaluations first.
+def training_curves(
+  histories: Mapping[str, Sequence[Mapping]],
+) -> dict[str, dict[str | int, tuple[list, list]]]:
+  """Quantity -> line -> (steps, values) of runs' histories, by name, evaluations first.
 
   A line is a run, or, for quantities that are vectors (`name/0`, `name/level_1`, ...), an index;
   of those the first run with a history is taken.
   """
   found: dict[tuple[str, str, bool], dict] = {}
-  vectors_of = next((run.name for run in runs if run.history), None)
-  for run in runs:
-    for record in run.history:
+  vectors_of = next((name for name, history in histories.items() if history), None)
+  for run, history in histories.items():
+    for record in history:
       kind = record.get("kind", "")
       for key, value in record.items():
         vector = _VECTOR_ENTRY.fullmatch(key)
         if key in _NOT_CURVES or not isinstance(value, int | float):
           continue
-        if vector and run.name != vectors_of:
+        if vector and run != vectors_of:
           continue
-        name, line = (vector[1], int(vector[2])) if vector else (key, run.name)
+        name, line = (vector[1], int(vector[2])) if vector else (key, run)
         lines = found.setdefault((kind, name, bool(vector)), {})
         steps, values = lines.setdefault(line, ([], []))
         steps.append(record["step"])
@@ -420,7 +422,7 @@ def training_curves(runs: Sequence[Run]) -> dict[str, dict[str | int, tuple[list
 
 
 def _training(runs, picture) -> str:
-  curves = training_curves(runs)
+  curves = training_curves({run.name: run.history for run in runs})
   if not curves:
     return ""
   plot = figures.curves_plot(curves)

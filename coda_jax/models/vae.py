@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
 from coda_jax.models.lora import Conv, LoRAConfig
+from coda_jax.ops.platform import platform
+from coda_jax.ops.recompute import recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +188,15 @@ class Upsample(nnx.Module):
 
 
 # What the backward pass computes anew: nothing by name (the compiler decides), what lies between
-# convolutions, or everything within a residual block.
-REMAT = ("none", "convs", "blocks")
+# convolutions, everything within a residual block, or "convs" on CPUs, where it costs no time, and
+# "none" elsewhere.
+REMAT = ("none", "convs", "blocks", "auto")
 
 
 def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
   """Runs layers, each cut into steps, one after the other."""
+  if remat == "auto":
+    remat = "convs" if platform() == "cpu" else "none"
   for steps in layers:
 
     def whole(carry, steps=steps):
@@ -201,9 +206,9 @@ def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
 
     if remat == "convs":
       for step in steps:
-        carry = jax.checkpoint(step)(carry)
+        carry = recompute(step)(carry)
     else:
-      carry = (jax.checkpoint(whole) if remat == "blocks" else whole)(carry)
+      carry = (recompute(whole) if remat == "blocks" else whole)(carry)
   return carry
 
 

@@ -114,9 +114,9 @@ def flatten(values: Mapping[str, float | np.ndarray]) -> dict[str, float]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-  """The records of `metrics.jsonl`; a last line cut off by a kill is left out."""
-  records = []
-  for line in (pathlib.Path(workdir) / METRICS_FILE).read_text().splitlines():
+  """The records of `metrics.jsonl`, if there is one; a last line cut off by a kill is left out."""
+  records, file = [], pathlib.Path(workdir) / METRICS_FILE
+  for line in file.read_text().splitlines() if file.is_file() else ():
     try:
       records.append(json.loads(line))
     except ValueError:

@@ -96,8 +96,7 @@ def test_report_without_lpips_and_training(tmp_path):
 
 
 def test_training_curves():
-  runs = [run("a", history=HISTORY), run("b", history=HISTORY[:2])]
-  curves = report.training_curves(runs)
+  curves = report.training_curves({"a": HISTORY, "b": HISTORY[:2]})
   assert list(curves) == [
     "eval: psnr",
     "eval: error by level",
