@@ -18,43 +18,23 @@ Compiling takes minutes. Only one process can use libtpu at a time.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
 import sys
 import tempfile
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where configs/ and benchmarks/ are
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.harness import V5E_GB, compile_for_chip, has_libtpu
 from benchmarks.train_step import make_trainer
-from coda_jax import config as c
-from coda_jax import sharding
 from coda_jax.models.vae import REMAT
 
-V5E_GB = 16.0
 CASES = ("flux", "mar")
-
-
-def compile_for_chip(function, *args, donate: bool = False):
-  """`function` for one v5e chip; every array of `args` may be a shape."""
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-  mesh = sharding.make_mesh(c.MeshSettings(), topology.devices[:1])
-  chip = sharding.replicated(mesh)
-
-  def place(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)
-
-  with jax.set_mesh(mesh):
-    step = jax.jit(function, donate_argnums=0 if donate else ())
-    return step.lower(*jax.tree.map(place, args)).compile()
 
 
 def gigabytes(tree) -> float:
@@ -140,7 +120,7 @@ def main() -> None:
   parser.add_argument("--remat", choices=REMAT, default="none")
   parser.add_argument("--parts", action="store_true", help="the networks one by one")
   args = parser.parse_args()
-  if not importlib.util.find_spec("libtpu"):
+  if not has_libtpu():
     sys.exit("libtpu is not installed: pip install -e '.[tpu]'; no TPU is needed")
   settings = {"dtype": args.dtype, "fold": args.fold, "remat": args.remat}
   result = {}

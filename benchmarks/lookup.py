@@ -11,20 +11,20 @@ v5e chip follow. The last line is JSON.
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import resource
-import subprocess
+import pathlib
 import sys
 import time
 from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where configs/ and benchmarks/ are
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.harness import FORMS, best_of_forms, compile_for_chip, has_libtpu, peak
 from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 from coda_jax.ops import codebook_lookup
 
@@ -60,12 +60,7 @@ def functions(case: str):
   return lambda: make()[1], jax.jit(forward), jax.jit(jax.grad(forward, argnums=(0, 1)))
 
 
-def peak() -> float:
-  """Largest resident size of this process so far, in GB."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def measure(case: str, form: str, repeats: int) -> dict[str, float]:
+def measure(form: str, case: str, repeats: int) -> dict[str, float]:
   """Seconds of both passes and the GB that they add to the process."""
   side = CASES[case][0][-1]
   latents = jnp.asarray(np.random.default_rng(0).normal(size=(1, side, side, 16)), jnp.float32)
@@ -87,19 +82,11 @@ def measure(case: str, form: str, repeats: int) -> dict[str, float]:
 
 def v5e_temporaries(case: str, images: int = 8) -> float:
   """GB of temporaries of forward + backward, compiled for one v5e chip."""
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-  mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
-  chip = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   params, _, both = functions(case)
   side = CASES[case][0][-1]
   latents = jax.ShapeDtypeStruct((images, side, side, 16), jnp.float32)
-  on_chip = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)  # noqa: E731
-  shapes = jax.tree.map(on_chip, (jax.eval_shape(params), latents))
-  with jax.set_mesh(mesh):
-    return both.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 1e9
+  step = compile_for_chip(both, jax.eval_shape(params), latents)
+  return step.memory_analysis().temp_size_in_bytes / 1e9
 
 
 def main() -> None:
@@ -108,34 +95,27 @@ def main() -> None:
   )
   parser.add_argument("--rounds", type=int, default=2, help="processes of each form")
   parser.add_argument("--repeats", type=int, default=3, help="calls in each process")
-  parser.add_argument("--measure", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
+  parser.add_argument("--measure", nargs=2, metavar=("FORM", "CASE"), help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:
     print(json.dumps(measure(*args.measure, args.repeats)))
     return
   result = {}
-  forms = ("materialised", "streamed")
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   for case in ("mar_16384", "flux_65536"):
-    best = {}
-    for form in forms * args.rounds:
-      words = [sys.executable, __file__, "--measure", case, form, "--repeats", str(args.repeats)]
-      out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-      new = json.loads(out.stdout.splitlines()[-1])
-      best[form] = {k: min(x, best.get(form, new)[k]) for k, x in new.items()}
+    best = best_of_forms(__file__, [case, "--repeats", str(args.repeats)], args.rounds)
     for form, x in best.items():
       print(
         f"{case} {form}: forward {x['forward']:.2f} s, forward + backward {x['both']:.2f} s, "
         f"peak {x['peak_gb']:.2f} GB",
         flush=True,
       )
-    slow, fast = (best[form] for form in forms)
+    slow, fast = (best[form] for form in FORMS)
     result[f"speedup_{case}"] = round(slow["both"] / fast["both"], 2)
     result[f"peak_ratio_{case}"] = round(slow["peak_gb"] / fast["peak_gb"], 2)
   for case in ("flux_65536", "flux_262144"):
     key = f"temp_gb_v5e_{case.removeprefix('flux_')}"
     result[key] = None
-    if importlib.util.find_spec("libtpu"):
+    if has_libtpu():
       result[key] = round(v5e_temporaries(case), 4)
       print(f"v5e, 8 images, {case}: {result[key]:.3f} GB of temporaries", flush=True)
     else:

@@ -14,21 +14,20 @@ needs on one v5e chip follows. The last line is JSON.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
-import resource
-import subprocess
+import pathlib
 import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where configs/ and benchmarks/ are
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.harness import FORMS, V5E_GB, best_of_forms, compile_for_chip, has_libtpu, peak
 from coda_jax import config as c
-from coda_jax import sharding
 from coda_jax.functional import part, take_apart
 from coda_jax.generation import sampler
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
@@ -39,7 +38,6 @@ from configs.maskgit import SIZES
 MAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536)}
-V5E_GB = 16.0
 
 
 def model_config(size: str, case: str) -> MaskGITConfig:
@@ -169,11 +167,6 @@ def report(what: str, batch: int, seconds: float, flops: float, matmul: Matmul):
   return found
 
 
-def peak() -> float:
-  """Largest resident size of this process so far, in GB."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def materialised(
   hidden, table, bias, labels, *, weights=None, label_smoothing=0.0, chunk_size=None
 ) -> cross_entropy.CrossEntropy:
@@ -186,7 +179,7 @@ def materialised(
   return cross_entropy.CrossEntropy(loss, chosen == s.max(1))
 
 
-def measure_cross_entropy(case: str, form: str, batch: int, repeats: int) -> dict[str, float]:
+def measure_cross_entropy(form: str, case: str, batch: int, repeats: int) -> dict[str, float]:
   """Seconds of loss and gradients, and the GB that they add to the process."""
   m = model_config("l", case)
   rng = np.random.default_rng(0)
@@ -215,28 +208,18 @@ def v5e_update(m: MaskGITConfig, images: int, remat: bool) -> dict[str, float]:
 
   A program that the compiler cannot fit has no figures; its message goes to stderr.
   """
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-  mesh = sharding.make_mesh(c.MeshSettings(), topology.devices[:1])
   update, arrays = parts(m, settings("bfloat16", remat, images))
   params, frozen = jax.eval_shape(arrays)
-  shapes = jax.eval_shape(update.fresh_state, params), frozen, batch_shapes(m, images)
-  chip = sharding.replicated(mesh)
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)  # noqa: E731
-  step = jax.jit(update.update, donate_argnums=0)
-  with jax.set_mesh(mesh):
-    lowered = step.lower(*jax.tree.map(place, shapes))
-    try:
-      memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as e:
-      print(e, file=sys.stderr)
-      return {}
-  state = memory.argument_size_in_bytes / 1e9
+  state = jax.eval_shape(update.fresh_state, params)
+  try:
+    step = compile_for_chip(update.update, state, frozen, batch_shapes(m, images), donate=True)
+  except jax.errors.JaxRuntimeError as e:
+    print(e, file=sys.stderr)
+    return {}
+  memory = step.memory_analysis()
   fresh = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9
-  temporaries = memory.temp_size_in_bytes / 1e9
-  return {"state": state, "temp": temporaries, "total": state + fresh + temporaries}
+  taken, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+  return {"state": taken, "temp": temporaries, "total": taken + fresh + temporaries}
 
 
 def main() -> None:
@@ -255,8 +238,8 @@ def main() -> None:
   parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:
-    case, form, batch = args.measure
-    print(json.dumps(measure_cross_entropy(case, form, int(batch), args.repeats)))
+    form, case, batch = args.measure
+    print(json.dumps(measure_cross_entropy(form, case, int(batch), args.repeats)))
     return
   m, result = model_config(args.size, "mar_16384"), {}
   wanted = lambda part: args.only in (None, part)  # noqa: E731
@@ -271,23 +254,16 @@ def main() -> None:
       result[f"matmul_fraction_{part_name}_batch_{batch}"] = round(found["fraction"], 3)
       result[f"matmul_fraction_{part_name}"] = round(found["fraction"], 3)  # of the larger batch
 
-  forms = ("materialised", "streamed")
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   for case, batch in (("mar_16384", 4), ("flux_65536", 1)) if wanted("cross_entropy") else ():
-    best = {}
-    for form in forms * args.rounds:
-      words = [sys.executable, __file__, "--measure", case, form, str(batch)]
-      words += ["--repeats", str(args.repeats)]
-      out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-      new = json.loads(out.stdout.splitlines()[-1])
-      best[form] = {k: min(x, best.get(form, new)[k]) for k, x in new.items()}
+    words = [case, str(batch), "--repeats", str(args.repeats)]
+    best = best_of_forms(__file__, words, args.rounds)
     for form, x in best.items():
       print(
         f"cross-entropy, {case}, batch {batch}, {form}: loss and gradients {x['seconds']:.2f} s, "
         f"peak {x['peak_gb']:.2f} GB",
         flush=True,
       )
-    slow, fast = (best[form] for form in forms)
+    slow, fast = (best[form] for form in FORMS)
     suffix = "" if case.startswith("mar") else f"_{case}"
     result[f"cross_entropy_speedup{suffix}"] = round(slow["seconds"] / fast["seconds"], 2)
     result[f"cross_entropy_peak_ratio{suffix}"] = round(slow["peak_gb"] / fast["peak_gb"], 2)
@@ -295,7 +271,7 @@ def main() -> None:
   for remat in (False, True) if wanted("v5e") else ():
     key = f"temp_gb_v5e_{args.size}_32" + ("_remat" if remat else "")
     result[key] = None
-    if not importlib.util.find_spec("libtpu"):
+    if not has_libtpu():
       print("v5e: not compiled, libtpu is not installed (pip install -e '.[tpu]')")
       continue
     found = v5e_update(m, 32, remat)

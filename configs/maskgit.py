@@ -20,19 +20,19 @@ def get_config(arg: str = "mar_l"):
 
 
 def demo() -> c.MaskGITTrainConfig:
-  """A small model on the tokens of the embedded photos, for a CPU: an hour or two of two cores.
+  """A small model on the tokens of the embedded photos, for a CPU: an hour of two cores.
 
   `docs/generation.md` has the commands that make the tokens.
   """
   return c.MaskGITTrainConfig(
     data=c.TokenDataSettings(
-      tokenizer="demo/lora/tokenizer",
+      tokenizer="runs/demo_tokenizer/tokenizer",
       train="demo/tokens/train",
       eval="demo/tokens/val",
       batch_size=8,
     ),
     model=c.MaskGITSettings(width=192, depth=6, heads=4),
-    steps=1_600,
+    steps=1_200,
     dtype="float32",
     optimizer=c.OptimizerSettings(
       learning_rate=1.5e-3,

@@ -1,0 +1,64 @@
+"""What several benchmarks do alike."""
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+
+from coda_jax import config as c
+from coda_jax import sharding
+
+V5E_GB = 16.0  # of one chip
+FORMS = ("materialised", "streamed")
+
+
+def peak() -> float:
+  """Largest resident size of this process so far, in GB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def best_of_forms(file: str, words: list[str], rounds: int) -> dict[str, dict[str, float]]:
+  """Least of every figure of both forms, which alternate, each in a process of its own.
+
+  `python FILE --measure FORM WORDS` prints the figures as a last line of JSON.
+  """
+  environment, best = {**os.environ, "JAX_PLATFORMS": "cpu"}, {}
+  for form in FORMS * rounds:
+    command = [sys.executable, file, "--measure", form, *words]
+    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    new = json.loads(out.stdout.splitlines()[-1])
+    best[form] = {k: min(x, best.get(form, new)[k]) for k, x in new.items()}
+  return best
+
+
+def has_libtpu() -> bool:
+  """Whether programs can be compiled for TPUs; no TPU is needed for that."""
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_for_chip(function, *args, donate: bool = False):
+  """`function` compiled for one v5e chip; every array of `args` may be a shape.
+
+  With `donate` the first argument is given up to the outputs. Only one process can use libtpu at a
+  time.
+
+  Raises:
+    JaxRuntimeError: among others where the compiler finds no way to fit the chip's memory.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  from jax.experimental import topologies
+
+  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  mesh = sharding.make_mesh(c.MeshSettings(), topology.devices[:1])
+  chip = sharding.replicated(mesh)
+
+  def place(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip)
+
+  with jax.set_mesh(mesh):
+    step = jax.jit(function, donate_argnums=0 if donate else ())
+    return step.lower(*jax.tree.map(place, args)).compile()
