@@ -1,7 +1,8 @@
 """The demo: a small VAE in MAR's layout, adapted on the embedded photos in a few CPU minutes.
 
 `configs/demo.py:attention` is the same recipe and budget without LoRA; `:adversarial` adds a small
-PatchGAN (DINO's weights are not embedded) and takes 1500 updates.
+PatchGAN (DINO's weights are not embedded) and takes 1500 updates; `:thumbnails` is for 32x32, the
+tokenizer of `configs/maskgit.py:demo`.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ def get_config(arg: str = "full"):
   if "adversarial" in words:
     words.remove("adversarial")
     config = dataclasses.replace(config, **adversarial(config))
+  if "thumbnails" in words:
+    words.remove("thumbnails")
+    config = dataclasses.replace(config, **thumbnails(config))
   return c.config_dict(c.variant(config, ",".join(words)))
 
 
@@ -52,4 +56,18 @@ def adversarial(config: c.TrainConfig) -> dict:
     ),
     "eval": dataclasses.replace(config.eval, every=300),
     "checkpoint": dataclasses.replace(config.checkpoint, every=300),
+  }
+
+
+def thumbnails(config: c.TrainConfig) -> dict:
+  """Changes for 32x32: 130 tokens an image, few enough for a generator that a CPU trains."""
+  quantizer = dataclasses.replace(
+    config.tokenizer.quantizer, codebook_size=512, patch_sizes=(1, 2, 3, 4, 6, 8)
+  )
+  return {
+    "tokenizer": dataclasses.replace(config.tokenizer, quantizer=quantizer, image_size=32),
+    "data": dataclasses.replace(config.data, batch_size=16),
+    "steps": 1500,
+    "eval": dataclasses.replace(config.eval, every=500),
+    "checkpoint": dataclasses.replace(config.checkpoint, every=250),
   }
