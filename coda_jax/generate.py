@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
   s, default = p.add_argument_group("sampling"), SamplerSettings()
   s.add_argument("--steps", type=int, default=default.steps, help="(%(default)s)")
   s.add_argument("--schedule", choices=masking.SCHEDULES, default=default.schedule)
-  s.add_argument("--order", choices=masking.ORDERS, default=default.order)
+  s.add_argument("--order", choices=masking.ORDERS, help="(as the generator was trained)")
   s.add_argument("--temperature", type=float, default=default.temperature, help="of codes")
   s.add_argument(
     "--choice-temperature",
@@ -100,11 +100,12 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
   """Writes the images; see the module's docstring."""
   _check_usage(args)
+  check_output(args.output, args.overwrite)
+  generator = load_generator(args.model)
+  args.order = args.order or generator.order
   fields = [f.name for f in dataclasses.fields(SamplerSettings)]
   settings = SamplerSettings(**{name: getattr(args, name) for name in fields})
   sweep = [dataclasses.replace(settings, steps=n) for n in _numbers("--sweep", args.sweep)]
-  check_output(args.output, args.overwrite)
-  generator = load_generator(args.model)
   for s in (settings, *sweep):
     s.check(generator.config.tokens)
   chosen = _classes(args.classes, generator)

@@ -255,9 +255,16 @@ def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
 
 
 def save_generator(
-  model: MaskGIT, tokenizer_dir: Path, path: Path, class_names: typing.Sequence[str] = ()
+  model: MaskGIT,
+  tokenizer_dir: Path,
+  path: Path,
+  class_names: typing.Sequence[str] = (),
+  order: str = "uniform",
 ) -> None:
   """Saves a generator with a copy of its tokenizer at `path`/tokenizer.
+
+  Args:
+    order: in which training masked the tokens (`config.MaskingSettings`).
 
   Raises:
     UserError: the tokenizer's levels or codes are not the model's.
@@ -267,6 +274,7 @@ def save_generator(
   fields = {
     "maskgit": dataclasses.asdict(model.config),
     "class_names": list(class_names),
+    "order": order,
     "tokenizer_fingerprint": tokenizer["fingerprint"],
   }
   write_directory(path, "generator", fields, _numpy(model), {"tokenizer": tokenizer_dir})

@@ -49,17 +49,24 @@ class Generator:
   Attributes:
     config: the MaskGIT's.
     class_names: may be empty.
+    order: how samples are drawn unless a call says otherwise: as training masked them.
 
   Raises:
     UserError: levels or codes of the two models differ.
   """
 
-  def __init__(self, model: nnx.Module, tokenizer: Tokenizer, class_names: Sequence[str] = ()):
+  def __init__(
+    self,
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str] = (),
+    order: str = "uniform",
+  ):
     q = tokenizer.config.quantizer
     theirs = {"patch_sizes": q.patch_sizes, "codebook_size": q.codebook_size}
     weights.check_tokens_fit(model.config, theirs, "the generator", "its tokenizer")
     self.config, self.tokenizer_config = model.config, tokenizer.config
-    self.class_names = tuple(class_names)
+    self.class_names, self.order = tuple(class_names), order
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
     self._devices = len(devices)
@@ -160,7 +167,7 @@ class Generator:
     Raises:
       UserError: an unknown class, more steps than tokens, or a bad setting.
     """
-    settings = SamplerSettings(steps=steps, **settings)
+    settings = self._settings(steps, settings)
     ids = self.masked(len(classes))
     return self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
 
@@ -187,7 +194,7 @@ class Generator:
       paste: put the original pixels back outside of the mask.
       Others as for `generate`.
     """
-    settings, mask = SamplerSettings(steps=steps, **settings), np.asarray(mask, bool)
+    settings, mask = self._settings(steps, settings), np.asarray(mask, bool)
     touched = editing.touched_tokens(
       mask, self.config.patch_sizes, self.tokenizer_config.vae.downsampling, least
     )
@@ -217,10 +224,13 @@ class Generator:
       raise UserError(
         f"keep_levels is {keep_levels}; the generator has {len(self.config.patch_sizes)} levels"
       )
-    settings = SamplerSettings(steps=steps, **settings)
+    settings = self._settings(steps, settings)
     change = self.config.levels >= keep_levels
     ids = np.where(change, self.config.mask_id, np.asarray(self.encode(images)))
     return self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
+
+  def _settings(self, steps: int, others: dict) -> SamplerSettings:
+    return SamplerSettings(steps=steps, **{"order": self.order} | others)
 
   def _place(self, x):
     return jax.device_put(x, self._split) if len(x) % self._devices == 0 else jnp.asarray(x)
@@ -245,4 +255,4 @@ def load_generator(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -
   """
   model, fields = weights.load_generator_weights(path, dtype=dtype)
   tokenizer = weights.load_tokenizer(pathlib.Path(path) / "tokenizer", dtype=dtype)
-  return Generator(model, tokenizer, fields["class_names"])
+  return Generator(model, tokenizer, fields["class_names"], fields.get("order", "uniform"))

@@ -352,7 +352,11 @@ class MaskGITTrainer:
     if jax.process_index() == 0:
       model = self._model.module(*arrays)
       weights.save_generator(
-        model, self.config.data.tokenizer, workdir / "generator", self.class_names
+        model,
+        self.config.data.tokenizer,
+        workdir / "generator",
+        self.class_names,
+        self.config.masking.order,
       )
 
 

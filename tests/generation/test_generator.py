@@ -37,9 +37,9 @@ def generator():
   return Generator(model(), tiny.tokenizer(), NAMES)
 
 
-def save(path):
+def save(path, order="uniform"):
   weights.save_tokenizer(tiny.tokenizer(), path / "tokenizer")
-  weights.save_generator(model(), path / "tokenizer", path / "generator", NAMES)
+  weights.save_generator(model(), path / "tokenizer", path / "generator", NAMES, order)
   return path / "generator"
 
 
@@ -52,6 +52,16 @@ def test_saved_and_loaded(tmp_path):
   np.testing.assert_array_equal(images, ours)
   again = generator().generate(["7up"], steps=4, key=jax.random.key(3), first=1)
   np.testing.assert_allclose(again[0], images[1], atol=1e-4)
+
+
+def test_samples_in_the_order_of_training(tmp_path):
+  loaded = coda_jax.load_generator(save(tmp_path, "coarse_to_fine"))
+  images = loaded.generate(["dog"], steps=4)
+  same = generator().generate(["dog"], steps=4, order="coarse_to_fine")
+  np.testing.assert_array_equal(images, same)
+  uniform = loaded.generate(["dog"], steps=4, order="uniform")
+  np.testing.assert_array_equal(uniform, generator().generate(["dog"], steps=4))
+  assert np.abs(uniform - images).max() > 0
 
 
 def test_decode_and_encode_are_the_tokenizers():
