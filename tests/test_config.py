@@ -63,6 +63,12 @@ def test_demo_with_a_discriminator():
   assert load("configs/demo.py:attention,adversarial").tokenizer.lora is None
 
 
+def test_the_demos_generator_has_few_tokens():
+  tokenizer = load("configs/demo.py:thumbnails").tokenizer
+  assert tokenizer.quantizer.patch_sizes[-1] * 4 == tokenizer.image_size == 32
+  assert sum(p * p for p in tokenizer.quantizer.patch_sizes) == 130
+
+
 def test_overrides():
   config = load(
     "configs/mar.py",
