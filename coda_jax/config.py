@@ -375,12 +375,15 @@ class MaskingSettings:
       cos(pi/2 u) with u uniform (MaskGIT).
     a, b: of the Beta distribution.
     order: "uniform", or "coarse_to_fine": levels are masked from the finest on.
+    level_balance: 0 weighs all masked tokens alike, so that the coarse levels hardly count; 1 all
+      levels. A token of a level of p x p has the weight p ** (-2 level_balance).
   """
 
   ratio: str = "beta"
   a: float = 12.0
   b: float = 3.0
   order: str = "uniform"
+  level_balance: float = 0.0
 
   def __post_init__(self):
     for key, choices in (("ratio", ("beta", "cosine")), ("order", ("uniform", "coarse_to_fine"))):
@@ -388,6 +391,8 @@ class MaskingSettings:
         raise UserError(
           f"config.masking.{key}={getattr(self, key)!r}; it is one of {', '.join(choices)}"
         )
+    if not 0 <= self.level_balance <= 1:
+      raise UserError(f"config.masking.level_balance is {self.level_balance}; it is from 0 to 1")
     if min(self.a, self.b) <= 0:
       raise UserError("config.masking.a and config.masking.b must be above 0")
 

@@ -31,9 +31,11 @@ def demo() -> c.MaskGITTrainConfig:
       eval="demo/tokens/val",
       batch_size=16,
     ),
-    model=c.MaskGITSettings(width=128, depth=6, heads=4),
-    # So few updates teach more if they need not cover every mix of levels.
-    masking=c.MaskingSettings(ratio="cosine", order="coarse_to_fine"),
+    model=c.MaskGITSettings(width=128, depth=6, heads=4, embedding="table"),
+    # So few updates teach more if they need not cover every mix of levels; a batch has few coarse
+    # tokens, and most of the finest are learned by heart.
+    masking=c.MaskingSettings(ratio="cosine", order="coarse_to_fine", level_balance=0.5),
+    label_smoothing=0.0,
     steps=4_400,
     dtype="float32",
     optimizer=c.OptimizerSettings(
@@ -42,7 +44,7 @@ def demo() -> c.MaskGITTrainConfig:
       b2=0.99,
       weight_decay=((r"\.kernel$", 0.03),),
       clip=1.0,
-      warmup_steps=200,
+      warmup_steps=100,
     ),
     ema=c.EMASettings(decay=0.999, start_epoch=0),
     eval=c.EvalSettings(every=500, images=120, batch_size=40, lpips=False),

@@ -166,11 +166,16 @@ class CodeEmbedding(nnx.Module):
     codes = self.codes[...]
     masked = (ids == len(codes))[..., None]
     # The values first: [V, width] embeddings of every code would be more work than the tokens'.
+    codes = codes * self._scale()
     return jnp.where(masked, self.mask[...], self.embed(codes[jnp.minimum(ids, len(codes) - 1)]))
 
   def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
     """Output table."""
-    return self.fc2(nnx.gelu(self.fc1(self.codes[...].astype(dtype))))
+    return self.fc2(nnx.gelu(self.fc1((self.codes[...] * self._scale()).astype(dtype))))
+
+  def _scale(self) -> jax.Array:
+    """Brings the values to a mean square of 1: of small ones the MLP sees little but its bias."""
+    return jax.lax.rsqrt(jnp.square(self.codes[...]).mean() + 1e-12)
 
 
 class TableEmbedding(nnx.Module):

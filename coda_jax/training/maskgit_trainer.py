@@ -102,15 +102,18 @@ class MaskGITUpdate:
     )
 
   def sums(self, params: Arrays, frozen, ids, labels, key, smoothing: float, dropout: float):
-    """(sum of losses, (masked tokens, losses and right guesses) per level [3, levels])."""
+    """(weighed mean loss, (masked tokens, losses and right guesses) per level [3, levels])."""
     c = self.model_config
+    sizes = np.array([p * p for p in c.patch_sizes], np.float32)
+    balance = (sizes**-self.config.masking.level_balance)[c.levels]
     mask_key, drop_key = jax.random.split(key)
     ids = ids.astype(jnp.int32)
     mask = draw_mask(mask_key, self.config.masking, c.levels, len(ids))
     drop = jax.random.bernoulli(drop_key, dropout, labels.shape) | (labels < 0)
     model = self.model.module(params, frozen)
     hidden = model(jnp.where(mask, c.mask_id, ids), jnp.where(drop, c.null_class, labels))
-    weight = mask.astype(jnp.float32)
+    masked = mask.astype(jnp.float32)
+    weight = masked * balance
     found = cross_entropy(
       hidden.reshape(-1, hidden.shape[-1]),
       *model.output_table(),
@@ -119,10 +122,11 @@ class MaskGITUpdate:
       label_smoothing=smoothing,
     )
     per_token = jnp.stack(
-      [weight, found.loss.reshape(ids.shape), weight * found.correct.reshape(ids.shape)]
+      [masked, found.loss.reshape(ids.shape) / balance, masked * found.correct.reshape(ids.shape)]
     )
     of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
-    return found.loss.sum(), jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
+    sums = jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
+    return found.loss.sum() / weight.sum(), sums
 
   def update(
     self, state: GeneratorState, frozen: Arrays, batch: dict[str, jax.Array]
@@ -132,7 +136,7 @@ class MaskGITUpdate:
     n = len(batch["ids"])
 
     def mean_loss(params, i, ids, labels):
-      total, sums = self.sums(
+      return self.sums(
         params,
         frozen,
         ids,
@@ -141,7 +145,6 @@ class MaskGITUpdate:
         self.config.label_smoothing,
         self.config.class_dropout,
       )
-      return total / sums[0].sum(), sums
 
     def micro_batch(i, ids, labels):
       grad = jax.grad(mean_loss, has_aux=True)

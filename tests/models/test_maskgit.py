@@ -112,6 +112,13 @@ def test_output_table_gives_the_logits():
   np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_scale_of_the_code_values_does_not_matter():
+  small = nnx.clone(model())
+  small.set_codes(0.01 * small.embedding.codes[...])
+  args = ids(), jnp.array([0, 3])
+  np.testing.assert_allclose(call()(small, *args), call()(model(), *args), atol=1e-5)
+
+
 def test_set_codes():
   module = nnx.clone(model())
   module.set_codes(jnp.ones((64, 16)))
