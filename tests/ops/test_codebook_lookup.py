@@ -55,7 +55,8 @@ def assert_equal(ours, reference, rtol=1e-4):
   np.testing.assert_array_equal(out[0], ref[0])
   for name, a, b in zip(("z", "z_hard"), out[1:3], ref[1:3], strict=True):
     assert_close(a, b, 1e-6, name)
-  np.testing.assert_allclose(out[3], ref[3], rtol=1e-5, atol=1e-6)  # a difference of two entropies
+  # A difference of two entropies, 0 for one token: their own rounding is what is left.
+  np.testing.assert_allclose(out[3], ref[3], rtol=1e-5, atol=5e-6)
   for name, a, b in zip("qkv", grads, ref_grads, strict=True):
     assert_close(a, b, rtol, f"gradient of {name}")
 
