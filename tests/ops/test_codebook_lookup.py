@@ -68,7 +68,9 @@ def assert_equal(ours, reference, rtol=1e-4):
 def test_equals_materialised(n, codes, chunk_size):
   x, cotangents = inputs(n, codes)
   streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk_size), cotangents)
-  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
+  # Of one token the gradients of both entropies cancel; the rounding of both stays.
+  rtol = 1e-3 if n == 1 else 1e-4
+  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x), rtol)
   np.testing.assert_array_equal(attention_ids(*x[:2], chunk_size=chunk_size), streamed(*x)[0][1][0])
 
 
