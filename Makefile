@@ -16,7 +16,7 @@ test: $(VENV)/.done lint
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.done lint
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 -m ''
+	$(BIN)/python -m pytest -n 2 -m ''
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

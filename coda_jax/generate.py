@@ -100,12 +100,13 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
   """Writes the images; see the module's docstring."""
   _check_usage(args)
+  given = {f.name: getattr(args, f.name) for f in dataclasses.fields(SamplerSettings)}
+  settings = SamplerSettings(**{k: v for k, v in given.items() if v is not None})
+  sweep = [dataclasses.replace(settings, steps=n) for n in _numbers("--sweep", args.sweep)]
   check_output(args.output, args.overwrite)
   generator = load_generator(args.model)
-  args.order = args.order or generator.order
-  fields = [f.name for f in dataclasses.fields(SamplerSettings)]
-  settings = SamplerSettings(**{name: getattr(args, name) for name in fields})
-  sweep = [dataclasses.replace(settings, steps=n) for n in _numbers("--sweep", args.sweep)]
+  if args.order is None:
+    settings, *sweep = (dataclasses.replace(s, order=generator.order) for s in (settings, *sweep))
   for s in (settings, *sweep):
     s.check(generator.config.tokens)
   chosen = _classes(args.classes, generator)

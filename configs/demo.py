@@ -34,12 +34,10 @@ def get_config(arg: str = "full"):
     logging=c.LoggingSettings(every=10),
   )
   words = arg.split(",")
-  if "adversarial" in words:
-    words.remove("adversarial")
-    config = dataclasses.replace(config, **adversarial(config))
-  if "thumbnails" in words:
-    words.remove("thumbnails")
-    config = dataclasses.replace(config, **thumbnails(config))
+  for changes in (adversarial, thumbnails):
+    if changes.__name__ in words:
+      words.remove(changes.__name__)
+      config = dataclasses.replace(config, **changes(config))
   return c.config_dict(c.variant(config, ",".join(words)))
 
 

@@ -32,8 +32,8 @@ def demo() -> c.MaskGITTrainConfig:
       batch_size=16,
     ),
     model=c.MaskGITSettings(width=128, depth=6, heads=4, embedding="table"),
-    # So few updates teach more if they need not cover every mix of levels; a batch has few coarse
-    # tokens, and most of the finest are learned by heart.
+    # So few updates teach more if they need not cover every mix of levels, and if the few coarse
+    # tokens count.
     masking=c.MaskingSettings(ratio="cosine", order="coarse_to_fine", level_balance=0.5),
     label_smoothing=0.0,
     steps=1_200,

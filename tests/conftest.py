@@ -5,14 +5,14 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the time that tests take; `make test-all` compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax
 import jaxtyping
 import numpy as np
+import pytest
 
 # Shapes written in public signatures are checked in every call that a test makes.
 jaxtyping.install_import_hook(["coda_jax"], "beartype.beartype")
@@ -63,6 +63,14 @@ def pytest_generate_tests(metafunc):
   cases = {n: c for n, c in spec["cases"].items() if c["kind"] == kind}
   goldens = [Golden(folder, n, c, spec.get("salt", "")) for n, c in cases.items()]
   metafunc.parametrize("golden", goldens, ids=list(cases))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For modules whose time is mostly compilation: `usefixtures("quick_compilation")`."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_close(ours, golden, rtol: float, what: str = ""):

@@ -163,19 +163,19 @@ class CodeEmbedding(nnx.Module):
 
   def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
     """Float32 embeddings; id V is the mask."""
-    codes = self.codes[...]
+    codes = self._values()
     masked = (ids == len(codes))[..., None]
     # The values first: [V, width] embeddings of every code would be more work than the tokens'.
-    codes = codes * self._scale()
     return jnp.where(masked, self.mask[...], self.embed(codes[jnp.minimum(ids, len(codes) - 1)]))
 
   def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
     """Output table."""
-    return self.fc2(nnx.gelu(self.fc1((self.codes[...] * self._scale()).astype(dtype))))
+    return self.fc2(nnx.gelu(self.fc1(self._values().astype(dtype))))
 
-  def _scale(self) -> jax.Array:
-    """Brings the values to a mean square of 1: of small ones the MLP sees little but its bias."""
-    return jax.lax.rsqrt(jnp.square(self.codes[...]).mean() + 1e-12)
+  def _values(self) -> Float[Array, "v c"]:
+    """Code values of mean square 1: of small ones the MLP would see little but its bias."""
+    codes = self.codes[...]
+    return codes * jax.lax.rsqrt(jnp.square(codes).mean() + 1e-12)
 
 
 class TableEmbedding(nnx.Module):

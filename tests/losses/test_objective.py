@@ -25,6 +25,8 @@ from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from tests import tiny
 from tests.training import runs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LOSSES = LossSettings(perceptual=0.0)
 
 
@@ -50,13 +52,6 @@ class Linear(Discriminator):
 
   def logits(self, features, *, train):
     return self.heads[0](features[0])[:, None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

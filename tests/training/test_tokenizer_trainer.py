@@ -19,13 +19,7 @@ from coda_jax.training.logging import read_metrics
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 from tests.training import runs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Most of the time here is compilation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,9 @@ from convert import coda, flux_vae, mar_vae, rules
 from tests.conftest import assert_close
 from tests.official_discriminator import discriminator, our_key
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VAE_LAYOUTS = {"coda-mar": mar_vae.LAYOUT, "coda-flux": flux_vae.DIFFUSERS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def settings_of(golden):
