@@ -13,10 +13,10 @@ $(VENV)/.done: pyproject.toml
 	touch $@
 
 test: $(VENV)/.done lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.done lint
-	$(BIN)/python -m pytest -n 2 -m ''
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

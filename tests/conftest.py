@@ -65,12 +65,16 @@ def pytest_generate_tests(metafunc):
   metafunc.parametrize("golden", goldens, ids=list(cases))
 
 
+# Most of the tests' time is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module")
-def quick_compilation():
-  """For modules whose time is mostly compilation: `usefixtures("quick_compilation")`."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
+def optimized():
+  """For modules that test what a compiler may change: `usefixtures("optimized")`."""
   jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def assert_close(ours, golden, rtol: float, what: str = ""):

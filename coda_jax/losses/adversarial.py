@@ -56,8 +56,9 @@ class SpectralConv(nnx.Module):
     with jax.default_matmul_precision("highest"):
       if train:
         fixed = jax.lax.stop_gradient(matrix)
-        self.v[...] = _unit(fixed @ self.u[...])
-        self.u[...] = _unit(self.v[...] @ fixed)
+        # `v[...] = x` would ask tracers for their sharding: seconds for every vector.
+        self.v.set_value(_unit(fixed @ self.u[...]))
+        self.u.set_value(_unit(self.v[...] @ fixed))
       sigma = self.v[...] @ matrix @ self.u[...]
     kernel = (kernel / sigma).astype(x.dtype)
     if size > 1:
@@ -89,8 +90,8 @@ class BatchNorm(nnx.Module):
       mean = jnp.mean(x, axes)
       var = jnp.mean(jnp.square(x - mean), axes)
       now = jax.lax.stop_gradient((mean, var * (n / max(n - 1, 1))))
-      self.mean[...] = 0.9 * self.mean[...] + 0.1 * now[0]
-      self.var[...] = 0.9 * self.var[...] + 0.1 * now[1]
+      self.mean.set_value(0.9 * self.mean[...] + 0.1 * now[0])  # see SpectralConv
+      self.var.set_value(0.9 * self.var[...] + 0.1 * now[1])
     else:
       mean, var = self.mean[...], self.var[...]
     y = (x - mean) * jax.lax.rsqrt(var + 1e-6) * self.scale[...] + self.bias[...]

@@ -15,8 +15,6 @@ from coda_jax.generation.sampler import SamplerSettings
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = MaskGITConfig(
   width=32,
   depth=0,

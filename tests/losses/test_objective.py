@@ -25,8 +25,6 @@ from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from tests import tiny
 from tests.training import runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LOSSES = LossSettings(perceptual=0.0)
 
 

@@ -13,8 +13,6 @@ from coda_jax import weights
 from coda_jax.errors import UserError
 from coda_jax.models.maskgit import Codes, MaskGIT, MaskGITConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = MaskGITConfig(
   width=32, depth=2, heads=2, num_classes=3, patch_sizes=(1, 2, 4), codebook_size=64
 )

@@ -12,6 +12,8 @@ from coda_jax.ops import codebook_lookup
 from coda_jax.ops.codebook_lookup import attention_ids, attention_lookup, euclidean_lookup
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TAU = 0.01
 
 

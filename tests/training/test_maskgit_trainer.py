@@ -20,8 +20,6 @@ from tests import tiny
 from tests.conftest import assert_close
 from tests.training import runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

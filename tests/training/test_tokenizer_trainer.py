@@ -19,8 +19,6 @@ from coda_jax.training.logging import read_metrics
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 from tests.training import runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
