@@ -20,7 +20,7 @@ def get_config(arg: str = "mar_l"):
 
 
 def demo() -> c.MaskGITTrainConfig:
-  """A small model on 32x32 tokens of six classes of the embedded photos: minutes of two cores.
+  """A small model on 32x32 tokens of six classes of the embedded photos: half an hour of two cores.
 
   `docs/generation.md` has the commands that make the tokens.
   """
@@ -36,7 +36,7 @@ def demo() -> c.MaskGITTrainConfig:
     # tokens count.
     masking=c.MaskingSettings(ratio="cosine", order="coarse_to_fine", level_balance=0.5),
     label_smoothing=0.0,
-    steps=1_200,
+    steps=3_000,
     dtype="float32",
     optimizer=c.OptimizerSettings(
       learning_rate=2e-3,
@@ -47,7 +47,7 @@ def demo() -> c.MaskGITTrainConfig:
       warmup_steps=100,
     ),
     ema=c.EMASettings(decay=0.999, start_epoch=0),
-    eval=c.EvalSettings(every=200, images=120, batch_size=8, lpips=False),
+    eval=c.EvalSettings(every=500, images=120, batch_size=8, lpips=False),
     checkpoint=c.CheckpointSettings(every=250, best_metric="-loss"),
     logging=c.LoggingSettings(every=20),
   )
