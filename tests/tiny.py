@@ -38,10 +38,16 @@ def tokenizer_params(config: TokenizerConfig = TOKENIZER, seed: int = 0):
   return random_params(lambda: Tokenizer(config, rngs=nnx.Rngs(0)), seed)
 
 
+@functools.cache
+def _structure(config: TokenizerConfig, dtype):
+  return nnx.split(nnx.eval_shape(lambda: Tokenizer(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
 def tokenizer(config: TokenizerConfig = TOKENIZER, seed: int = 0, dtype=jnp.float32) -> Tokenizer:
   """A tokenizer with random weights, adapters included."""
-  make = lambda: Tokenizer(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-  return weights.build(make, tokenizer_params(config, seed), "test")
+  module = nnx.merge(*_structure(config, dtype))
+  weights.set_params(module, tokenizer_params(config, seed), "test")
+  return module
 
 
 def images(*shape: int, seed: int = 1) -> jax.Array:

@@ -23,9 +23,14 @@ L = MaskGITConfig(
 
 
 @functools.cache
-def model(config=CONFIG, **settings):
+def initialised(config):
   codes = jax.random.normal(jax.random.key(5), (config.codebook_size, config.code_dim))
-  return nnx.jit(lambda: MaskGIT(config, codes=codes, rngs=nnx.Rngs(0), **settings))()
+  return nnx.jit(lambda: MaskGIT(config, codes=codes, rngs=nnx.Rngs(0)))()
+
+
+def model(config=CONFIG, **settings):
+  structure = nnx.eval_shape(lambda: MaskGIT(config, rngs=nnx.Rngs(0), **settings))
+  return nnx.merge(nnx.split(structure)[0], nnx.state(initialised(config)))
 
 
 def ids(config=CONFIG, batch=2):
