@@ -14,13 +14,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 OUT = ROOT / "demo"
 
 
-def command(*words) -> None:
-  """Runs `python -m …`, showing the command."""
-  words = [str(w) for w in words]
-  print(f"\n$ python -m {' '.join(words)}", flush=True)
-  code = subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode
-  if code:
-    sys.exit(code)
+def command(*words, log: pathlib.Path | None = None) -> subprocess.Popen:
+  """Starts `python -m …`, showing the command; its lines go to `log` if one is given."""
+  words = [sys.executable, "-m", *map(str, words)]
+  beside = f"   # beside the next one, see {log.relative_to(ROOT)}" if log else ""
+  print(f"\n$ python {' '.join(words[1:])}{beside}", flush=True)
+  if log is None:
+    return subprocess.Popen(words, cwd=ROOT)
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with log.open("w") as lines:
+    return subprocess.Popen(words, cwd=ROOT, stdout=lines, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen) -> None:
+  if process.wait():
+    sys.exit(process.returncode)
 
 
 def main() -> None:
@@ -28,17 +36,29 @@ def main() -> None:
   if not (OUT / "vae").exists():
     weights = "assets/demo_vae/kl_small.safetensors"
     scale = (ROOT / "assets/demo_vae/scale.txt").read_text().strip()
-    command(
+    convert = command(
       "convert", "mar-vae", weights, "--scale", scale, "--norm-groups", "8", "--output", "demo/vae"
     )  # fmt: skip
-  command("coda_jax.train", "--config=configs/demo.py", "--workdir=demo/lora")
-  command("coda_jax.train", "--config=configs/demo.py:attention", "--workdir=demo/no_lora")
+    finish(convert)
+  # Two at a time: starting, compiling and saving leave cores idle.
+  log = OUT / "no_lora.log"
+  without = command(
+    "coda_jax.train", "--config=configs/demo.py:attention", "--workdir=demo/no_lora", log=log
+  )
+  try:
+    finish(command("coda_jax.train", "--config=configs/demo.py", "--workdir=demo/lora"))
+    print(f"waiting for the run without LoRA ({log.relative_to(ROOT)})", flush=True)
+    if without.wait():
+      sys.exit(log.read_text())
+  finally:
+    without.terminate()
   shutil.rmtree(OUT / "report", ignore_errors=True)
-  command(
+  report = command(
     "coda_jax.visualize", "--tokenizer", "demo/lora/tokenizer", "--name", "with LoRA",
     "--compare", "without LoRA=demo/no_lora/tokenizer", "--title", "CODA demo",
     "--data", "embedded@val", "--tokens-per-code", "20", "--output", "demo/report",
   )  # fmt: skip
+  finish(report)
   minutes = (time.monotonic() - start) / 60
   print(f"\nDone in {minutes:.1f} minutes. Open {OUT / 'report' / 'report.html'}")
 
