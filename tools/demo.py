@@ -1,7 +1,7 @@
 """The demo: a continuous VAE becomes a discrete tokenizer on the embedded photos.
 
-Runs the commands that a user would run, one after the other, and prints where the report is.
-`make demo` calls it; run again it continues where it stopped.
+Runs the commands that a user would run, its two trainings side by side, and prints where the report
+is. `make demo` calls it; run again it continues where it stopped.
 """
 
 import pathlib
