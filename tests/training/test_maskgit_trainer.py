@@ -137,7 +137,7 @@ def test_masks(ratio):
     assert mask[mask[:, levels == coarse].any(1)][:, levels == fine].all()
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.5])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
 def test_level_balance(balance):
   """The gradient's loss weighs levels; what is logged of each level does not depend on it."""
   m = MaskGITConfig(16, 0, 1, 2, (1, 2, 4), 32, embedding="table")
