@@ -16,6 +16,8 @@ from coda_jax.ops import resize
 from convert import coda, rules
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 NORMS = {"rms_norm": "rms", "layer_norm": "layer", None: "none"}
 
 
