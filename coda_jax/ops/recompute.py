@@ -1,4 +1,4 @@
-"""Computing in the backward pass anew what it would else have to keep."""
+"""What the compiler is to compute again, and what only once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,8 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
   XLA's CPU compiler drops the barriers that keep the second computation apart from the first, and
   merges them again. There the second one starts from the argument plus 0 times an element of the
-  cotangent, which no compiler may simplify: it could be NaN.
+  cotangent, which no compiler may simplify: it could be NaN. So do the weights: convolutions take
+  transposed copies of them backward, which the scheduler would else make at the start and hold.
   """
   if platform() != "cpu":
     return jax.checkpoint(function)
@@ -29,10 +30,27 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
       x, consts = kept
       late = jax.tree.leaves(cotangent)[0]
       late = 0 * late[(0,) * late.ndim]
-      x = jax.tree.map(lambda t: t + late.astype(t.dtype), x)
+      x, consts = jax.tree.map(lambda t: t + late.astype(t.dtype), (x, consts))
       return jax.vjp(lambda x, consts: convert(x, *consts), x, consts)[1](cotangent)
 
     call.defvjp(lambda x, consts: (convert(x, *consts), (x, consts)), backward)
     return call(x, consts)
 
   return run
+
+
+def compute_once(x: jax.Array) -> jax.Array:
+  """x, which XLA's CPU compiler is to hold as such.
+
+  A sum that many operations take it would add again in each of them, and hold both summands until
+  the last: a division it does not repeat. (x that is not finite becomes NaN.)
+  """
+  return _over_one(x) if platform() == "cpu" else x
+
+
+@jax.custom_jvp
+def _over_one(x):
+  return x / (1 + 0 * x)
+
+
+_over_one.defjvp(lambda x, dx: (_over_one(*x), *dx))
