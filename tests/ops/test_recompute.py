@@ -1,0 +1,71 @@
+"""What is computed again and what only once: values, gradients, and the memory that it saves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax.ops.recompute import compute_once, recompute
+
+pytestmark = pytest.mark.usefixtures("optimized")  # they are about what the compiler does
+
+
+def convolve(x, kernel):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def chain(wrap, x, kernels):
+  """Layers of an activation and a convolution."""
+  for kernel in kernels:
+    x = wrap(lambda x, kernel=kernel: convolve(jnp.sin(x), kernel))(x)
+  return jnp.sum(x**2)
+
+
+def summed(wrap, x, kernels):
+  """A sum of two convolutions and a bias, normed, activated and convolved."""
+  y = wrap(convolve(x, kernels[0]) + convolve(x, kernels[1])) + jnp.arange(16.0)
+  mean = y.mean((1, 2), keepdims=True)
+  variance = jnp.square(y - mean).mean((1, 2), keepdims=True)
+  z = jax.nn.silu((y - mean) * jax.lax.rsqrt(variance + 1e-6))
+  return jnp.sum(convolve(z, kernels[2]))
+
+
+def draw(size=8):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(1, size, size, 16)), jnp.float32)
+  return x, [jnp.asarray(rng.normal(size=(3, 3, 16, 16)) / 12, jnp.float32) for _ in range(4)]
+
+
+@pytest.mark.parametrize("function, wrap", [(chain, recompute), (summed, compute_once)])
+def test_values_and_gradients_are_those_of_the_plain_function(function, wrap):
+  args = draw()
+  plain, ours = (
+    jax.jit(jax.value_and_grad(functools.partial(function, w), (0, 1)))(*args)
+    for w in (lambda f: f, wrap)
+  )
+  for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+def test_once_is_the_identity_to_the_bit():
+  x = jnp.asarray([0.0, -0.0, 1e-30, -1e30, 3.0, 1 / 3])
+  y, tangent = jax.jvp(compute_once, (x,), (x,))
+  assert np.asarray(y).tobytes() == np.asarray(tangent).tobytes() == np.asarray(x).tobytes()
+  assert compute_once(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("function, wrap", [(chain, recompute), (summed, compute_once)])
+def test_the_gradient_holds_less_on_cpus(function, wrap):
+  """XLA:CPU keeps both summands of a sum, and all activations, unless it is told not to."""
+  x, kernels = draw(size=64)
+
+  def images(wrap):
+    gradient = jax.jit(jax.grad(functools.partial(function, wrap), (0, 1)))
+    memory = gradient.lower(x, kernels).compile().memory_analysis()
+    return memory.temp_size_in_bytes / x.nbytes
+
+  assert images(wrap) < images(lambda f: f) - 0.9
