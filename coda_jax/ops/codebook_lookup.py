@@ -94,9 +94,10 @@ class _Chunks:
 
 
 def _row_dot(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Σ_j x_nj y_nj; on CPUs by a product with ones, where a sum along rows is no vector loop."""
-  xy = x * y
-  return _dot(xy, jnp.ones(xy.shape[1])) if platform() == "cpu" else jnp.sum(xy, 1)
+  """Σ_j x_nj y_nj; CPUs are faster at products with one vector than at one of each row."""
+  if platform() == "cpu":
+    return _dot(x * y, jnp.ones(x.shape[1]))
+  return jnp.einsum("nv,nv->n", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _float32(*xs):
