@@ -30,8 +30,11 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
       x, consts = kept
       late = jax.tree.leaves(cotangent)[0]
       late = 0 * late[(0,) * late.ndim]
-      begin = lambda t: t + late.astype(t.dtype)  # noqa: E731
-      x, consts = jax.tree.map(begin, x), [begin(t) if t.ndim > 1 else t for t in consts]
+
+      def delay(t):
+        return t + late.astype(t.dtype)
+
+      x, consts = jax.tree.map(delay, x), [delay(t) if t.ndim > 1 else t for t in consts]
       return jax.vjp(lambda x, consts: convert(x, *consts), x, consts)[1](cotangent)
 
     call.defvjp(lambda x, consts: (convert(x, *consts), (x, consts)), backward)

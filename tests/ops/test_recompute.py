@@ -69,3 +69,12 @@ def test_the_gradient_holds_less_on_cpus(function, wrap):
     return memory.temp_size_in_bytes / x.nbytes
 
   assert images(wrap) < images(lambda f: f) - 0.9
+
+
+def test_kernels_are_transposed_when_they_are_needed():
+  """XLA:CPU makes the transposed copies of all kernels first, and holds them, if they can be."""
+  kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+  x = jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32)
+  gradient = jax.jit(jax.grad(functools.partial(chain, recompute)))
+  memory = gradient.lower(x, [kernel] * 8).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * kernel.size * 4
