@@ -1,6 +1,6 @@
 """The streamed look-up against the materialised one: time and memory of the whole quantizer.
 
-    python benchmarks/lookup.py [--rounds 2] [--repeats 3]
+    python benchmarks/lookup.py [--rounds 4] [--repeats 3]
 
 One image through MAR's quantizer (680 tokens, V = 16384) and FLUX's (2240 tokens, V = 65536),
 forward and forward + backward (gradients of latents and all parameters), float32, on the CPU. Both
@@ -93,7 +93,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--rounds", type=int, default=2, help="processes of each form")
+  parser.add_argument("--rounds", type=int, default=4, help="processes of each form")
   parser.add_argument("--repeats", type=int, default=3, help="calls in each process")
   parser.add_argument("--measure", nargs=2, metavar=("FORM", "CASE"), help=argparse.SUPPRESS)
   args = parser.parse_args()
