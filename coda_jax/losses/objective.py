@@ -23,6 +23,7 @@ from coda_jax.functional import Arrays, Functional, arrays_of, part, take_apart
 from coda_jax.losses.adversarial import DISCRIMINATOR_LOSSES, Discriminator, generator_loss
 from coda_jax.losses.augmentation import diff_augment, fade_blur
 from coda_jax.losses.perceptual import LPIPS
+from coda_jax.ops.recompute import after
 
 Images = Float[Array, "b h w 3"]
 
@@ -271,7 +272,12 @@ class Objective:
       disc_params, disc_variables = discriminator
       keys = tuple(jax.random.split(key, 3))
       g, from_g, leaked, features, disc_variables = adversary.generator(
-        disc_params, disc_variables, frozen["discriminator"], reconstruction, keys[0], blur
+        disc_params,
+        disc_variables,
+        frozen["discriminator"],
+        after(cotangent, reconstruction),
+        keys[0],
+        blur,
       )
       grads_g, cotangent_g = pull_above(from_g)
       d = adversary.settings.weight * adaptive_weight(
@@ -280,25 +286,28 @@ class Objective:
       grads_above = _add(grads_above, _scale(schedule * d, grads_g))
       cotangent = _add(cotangent, _scale(schedule * d, cotangent_g))
       total += schedule * d * g
-      disc_gradients, disc_variables, disc_metrics = adversary.own(
-        disc_params,
-        disc_variables,
-        frozen["discriminator"],
-        images,
-        jax.lax.stop_gradient(reconstruction),
-        features,
-        keys,
-        blur,
-      )
-      if adversary.settings.discriminator_gradient == "official":
-        disc_gradients = _add(disc_gradients, _scale(schedule * d, leaked))
-      metrics |= {"g_loss": g, "adaptive_weight": d} | disc_metrics
+      metrics |= {"g_loss": g, "adaptive_weight": d}
 
     grads_at, grad_weight, cotangent = pull_at(cotangent)
     if self._weight in params:
       grads_at = grads_at | {self._weight: grad_weight}
     ones = jnp.ones((), jnp.float32)
     (grads_below,) = pull_below((cotangent, losses.quantization * ones, losses.entropy * ones))
+    if adversary is not None:
+      # Last, when nothing is kept for the tokenizer's backward pass any more.
+      disc_params, seen = after(grads_below, (disc_params, (images, reconstruction)))
+      disc_gradients, disc_variables, disc_metrics = adversary.own(
+        disc_params,
+        disc_variables,
+        frozen["discriminator"],
+        *map(jax.lax.stop_gradient, seen),
+        features,
+        keys,
+        blur,
+      )
+      if adversary.settings.discriminator_gradient == "official":
+        disc_gradients = _add(disc_gradients, _scale(schedule * d, leaked))
+      metrics |= disc_metrics
     return Outcome(
       gradients=_add(grads_below, _add(grads_at, grads_above)),
       discriminator_gradients=disc_gradients,

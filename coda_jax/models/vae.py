@@ -141,13 +141,10 @@ class ResBlock(nnx.Module):
 
     def second(carry):
       x, h = carry
-      return x, self.conv2(nnx.swish(self.norm2(h)))
+      shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+      return shortcut + self.conv2(nnx.swish(self.norm2(h)))
 
-    def join(carry):
-      x, h = carry
-      return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
-
-    return [(f"{self.path}.conv1", first), (f"{self.path}.conv2", second), ("", join)]
+    return [(f"{self.path}.conv1", first), (f"{self.path}.conv2", second)]
 
 
 class AttnBlock(nnx.Module):

@@ -1,9 +1,10 @@
-"""What the compiler is to compute again, and what only once."""
+"""What the compiler is to compute again, what only once, and what late."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from coda_jax.ops.platform import platform
 
@@ -12,9 +13,9 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
   """`jax.checkpoint(function)`, of one argument, that saves memory on CPUs too.
 
   XLA's CPU compiler drops the barriers that keep the second computation apart from the first, and
-  merges them again. There the second one starts from the argument plus 0 times an element of the
-  cotangent, which no compiler may simplify: it could be NaN. So do the weights: convolutions take
-  transposed copies of them backward, which the scheduler would else make at the start and hold.
+  merges them again. There the second one starts from the argument and weights after the cotangents.
+  The function's last output is taken to be what it computes; others to be passed on to whoever
+  uses them next.
   """
   if platform() != "cpu":
     return jax.checkpoint(function)
@@ -28,13 +29,13 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     def backward(kept, cotangent):
       x, consts = kept
-      late = jax.tree.leaves(cotangent)[0]
-      late = 0 * late[(0,) * late.ndim]
-
-      def delay(t):
-        return t + late.astype(t.dtype)
-
-      x, consts = jax.tree.map(delay, x), [delay(t) if t.ndim > 1 else t for t in consts]
+      *passed, last = jax.tree.leaves(cotangent)
+      cotangent = jax.tree.unflatten(
+        jax.tree.structure(cotangent), [*passed, compute_once(last, last)]
+      )
+      large = {i: t for i, t in enumerate(consts) if t.ndim > 1}
+      x, large = after(cotangent, (x, large))
+      consts = [large.get(i, t) for i, t in enumerate(consts)]
       return jax.vjp(lambda x, consts: convert(x, *consts), x, consts)[1](cotangent)
 
     call.defvjp(lambda x, consts: (convert(x, *consts), (x, consts)), backward)
@@ -43,18 +44,45 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
   return run
 
 
-def compute_once(x: jax.Array) -> jax.Array:
-  """x, which XLA's CPU compiler is to hold as such.
+def after(result: Any, x: Any) -> Any:
+  """Arrays x, which XLA's CPU compiler is to use only when the arrays of `result` are there.
 
-  A sum that many operations take it would add again in each of them, and hold both summands until
-  the last: a division it does not repeat. (x that is not finite becomes NaN.)
+  It makes as early as it can what depends on nothing else, as features of a second image or the
+  transposed kernels that convolutions take backward, and holds it. So a 0 is added to x that the
+  compiler does not know to be one.
   """
-  return _over_one(x) if platform() == "cpu" else x
+  if platform() != "cpu":
+    return x
+  zero = _zero(result)
+  return jax.tree.map(lambda t: t + zero.astype(t.dtype), x)
+
+
+def compute_once(x: Any, parts: Any) -> Any:
+  """Arrays x, which XLA's CPU compiler is to hold as such.
+
+  Sums and products that many operations take it would compute again in each of them, and hold what
+  they are made of until the last: a division, here by 1, it does not repeat.
+
+  Args:
+    parts: arrays of any shape that x is made of.
+  """
+  if platform() != "cpu":
+    return x
+  zero = _zero(parts)
+  return jax.tree.map(lambda t: _over_one(t, zero), x)
+
+
+def _zero(x: Any) -> jax.Array:
+  """0.0, which the compiler does not know before the arrays of x are there."""
+  zero = sum(jnp.float32(t[(0,) * t.ndim] > jnp.inf) for t in jax.tree.leaves(x))
+  return zero / (1 + zero)  # not computed again in each use, which would hold all of x
 
 
 @jax.custom_jvp
-def _over_one(x):
-  return x / (1 + 0 * x)
+def _over_one(x, zero):
+  # Were the divisor the same along an axis, the compiler would multiply by its inverse instead.
+  index = sum(jax.lax.broadcasted_iota(x.dtype, x.shape, axis) for axis in range(x.ndim))
+  return x / (1 + zero.astype(x.dtype) * index)
 
 
-_over_one.defjvp(lambda x, dx: (_over_one(*x), *dx))
+_over_one.defjvp(lambda x, dx: (_over_one(*x), dx[0]))
