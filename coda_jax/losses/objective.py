@@ -295,12 +295,12 @@ class Objective:
     (grads_below,) = pull_below((cotangent, losses.quantization * ones, losses.entropy * ones))
     if adversary is not None:
       # Last, when nothing is kept for the tokenizer's backward pass any more.
-      disc_params, seen = after(grads_below, (disc_params, (images, reconstruction)))
+      disc_params, *seen = after(grads_below, (disc_params, images, reconstruction))
       disc_gradients, disc_variables, disc_metrics = adversary.own(
         disc_params,
         disc_variables,
         frozen["discriminator"],
-        *map(jax.lax.stop_gradient, seen),
+        *seen,
         features,
         keys,
         blur,

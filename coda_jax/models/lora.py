@@ -99,7 +99,7 @@ class Conv(nnx.Module):
     y = _convolve(x, kernel, self.stride, self.padding)
     if self.rank and not self.fold:
       down = _convolve(x, self.lora_down[...], self.stride, self.padding)
-      y = compute_once(y + _convolve(down, self.lora_up[...], 1, ((0, 0), (0, 0))), y)
+      y = compute_once(y + _convolve(down, self.lora_up[...], 1, ((0, 0), (0, 0))))
     return y + self.bias[...].astype(x.dtype)
 
   def _delta(self) -> jax.Array:

@@ -30,9 +30,7 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def backward(kept, cotangent):
       x, consts = kept
       *passed, last = jax.tree.leaves(cotangent)
-      cotangent = jax.tree.unflatten(
-        jax.tree.structure(cotangent), [*passed, compute_once(last, last)]
-      )
+      cotangent = jax.tree.unflatten(jax.tree.structure(cotangent), [*passed, compute_once(last)])
       large = {i: t for i, t in enumerate(consts) if t.ndim > 1}
       x, large = after(cotangent, (x, large))
       consts = [large.get(i, t) for i, t in enumerate(consts)]
@@ -48,28 +46,22 @@ def after(result: Any, x: Any) -> Any:
   """Arrays x, which XLA's CPU compiler is to use only when the arrays of `result` are there.
 
   It makes as early as it can what depends on nothing else, as features of a second image or the
-  transposed kernels that convolutions take backward, and holds it. So a 0 is added to x that the
+  transposed kernels that convolutions take backward, and holds it. So a 0 is taken from x that the
   compiler does not know to be one.
   """
   if platform() != "cpu":
     return x
   zero = _zero(result)
-  return jax.tree.map(lambda t: t + zero.astype(t.dtype), x)
+  return jax.tree.map(lambda t: t - zero.astype(t.dtype), x)
 
 
-def compute_once(x: Any, parts: Any) -> Any:
-  """Arrays x, which XLA's CPU compiler is to hold as such.
+def compute_once(x: jax.Array) -> jax.Array:
+  """x, which XLA's CPU compiler is to hold as such.
 
   Sums and products that many operations take it would compute again in each of them, and hold what
   they are made of until the last: a division, here by 1, it does not repeat.
-
-  Args:
-    parts: arrays of any shape that x is made of.
   """
-  if platform() != "cpu":
-    return x
-  zero = _zero(parts)
-  return jax.tree.map(lambda t: _over_one(t, zero), x)
+  return _over_one(x, _zero(x)) if platform() == "cpu" else x
 
 
 def _zero(x: Any) -> jax.Array:
