@@ -33,9 +33,11 @@ FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536), "flux_262144": (FLUX, 262144)}
 
 
-def materialised(q, k, v, *, temperature=0.01, chunk_size=None) -> codebook_lookup.Lookup:
+def materialised(
+  q, k, v, *, scale=None, temperature=0.01, chunk_size=None
+) -> codebook_lookup.Lookup:
   """`attention_lookup` with every tokens x codes tensor held, gradients by jax.grad."""
-  logits = jnp.matmul(q, k.T, precision="highest") * q.shape[1] ** -0.5
+  logits = jnp.matmul(q, k.T, precision="highest") * (scale or q.shape[1] ** -0.5)
   soft, sharp = jax.nn.softmax(logits), jax.nn.softmax(logits / temperature)
   ids = jnp.argmax(logits, 1).astype(jnp.int32)
   hard = jax.nn.one_hot(ids, len(k))

@@ -290,7 +290,7 @@ def minimum(trainer: TokenizerTrainer, state) -> dict[str, float]:
   encoder = least(
     lambda wrt, rest: x.encode(rest | wrt, x.images), trained("encoder"), rest("encoder")
   )
-  dim, logits = quantizer.attn_dim, quantizer.tokens * quantizer.codebook_size
+  dim, logits = quantizer.code_dim + 1, quantizer.tokens * quantizer.codebook_size
   lookup = 2 * logits * np.array([dim, 2 * dim + quantizer.code_dim])
   carry = jax.eval_shape(x.below, (x.params, x.latents))
   vgg = least(x.vgg, x.images)

@@ -35,7 +35,7 @@ class QuantizerConfig:
     beta: weight of the loss that pulls codes to latents (attention) or latents to codes
       (euclidean); None is 0.05 or 0.25.
     entropy_temperature: tau of the entropy loss.
-    chunk_size: codes per step of the streamed look-up; None leaves it to the look-up.
+    chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
   """
 
   codebook_size: int
@@ -111,6 +111,10 @@ class Linear(nnx.Module):
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
     return jnp.matmul(x, self.kernel[...], precision="highest") + self.bias[...]
 
+  def kernel_and_bias(self) -> Float[Array, "_ d"]:
+    """The matrix M of y = [x, 1] M."""
+    return jnp.concatenate([self.kernel[...], self.bias[...][None]])
+
 
 class VectorNorm(nnx.Module):
   """RMSNorm or LayerNorm over the last axis, eps 1e-5."""
@@ -122,10 +126,17 @@ class VectorNorm(nnx.Module):
       self.bias = nnx.Param(jnp.zeros(dim))
 
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    if self.kind == "layer":
-      x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * self.scale[...]
+    x = self.centre(x)
+    x = x * self.inverse_rms(x) * self.scale[...]
     return x + self.bias[...] if self.kind == "layer" else x
+
+  def centre(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    """Takes the mean over the last axis away if this is a LayerNorm."""
+    return x - x.mean(-1, keepdims=True) if self.kind == "layer" else x
+
+  def inverse_rms(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 1"]:
+    """What centred vectors are multiplied by."""
+    return jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
 
 
 class ResidualQuantizer(nnx.Module):
@@ -144,15 +155,26 @@ class ResidualQuantizer(nnx.Module):
       if config.norm != "none":
         self.norm_q, self.norm_k = VectorNorm(d, config.norm), VectorNorm(d, config.norm)
 
-  def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n d"]:
-    """Queries of latent vectors."""
-    q = self.to_q(x)
-    return q if self.config.norm == "none" else self.norm_q(q)
+  def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n _"]:
+    """Queries of latent vectors, for `keys`."""
+    q, kernel = self.to_q(x), self.to_k.kernel_and_bias()
+    if self.config.norm != "none":
+      q = self.norm_q(q) * self.norm_k.scale[...]
+      kernel = self.norm_k.centre(kernel)
+    return jnp.matmul(q, kernel.T, precision="highest")
 
-  def keys(self) -> Float[Array, "v d"]:
-    """Keys of all codes."""
-    k = self.to_k(self.codebook[...])
-    return k if self.config.norm == "none" else self.norm_k(k)
+  def keys(self) -> Float[Array, "v _"]:
+    """Keys of all codes.
+
+    A key of the paper, norm(c W + b), is [c, 1] [W; b] times a number. The product with [W; b] is
+    the queries' part here, which makes the look-up half as wide and q·k the same (a LayerNorm's
+    bias would add the same number for all codes, which no look-up sees).
+    """
+    codes = self.codebook[...]
+    keys = jnp.pad(codes, ((0, 0), (0, 1)), constant_values=1)
+    if self.config.norm == "none":
+      return keys
+    return keys * self.norm_k.inverse_rms(self.norm_k.centre(self.to_k(codes)))
 
   def values(self) -> Float[Array, "v c"]:
     """What each code stands for in latent space."""
@@ -187,6 +209,7 @@ class ResidualQuantizer(nnx.Module):
       self.queries(x),
       keys,
       values,
+      scale=self.config.attn_dim**-0.5,
       temperature=self.config.entropy_temperature,
       chunk_size=self.config.chunk_size,
     )

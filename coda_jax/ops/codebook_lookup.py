@@ -149,6 +149,7 @@ def attention_lookup(
   k: Float[Array, "v d"],
   v: Float[Array, "v c"],
   *,
+  scale: float | None = None,
   temperature: float = 0.01,
   chunk_size: int | None = None,
 ) -> Lookup:
@@ -158,15 +159,17 @@ def attention_lookup(
     q: queries, projected and normed.
     k: keys of the codes, projected and normed.
     v: values of the codes.
+    scale: of q kᵀ; None is 1/√D.
     temperature: τ of the entropy loss.
     chunk_size: tokens (of each device) at a time; None chooses by the number of codes.
   """
   q, k, v = _float32(q, k, v)
+  scale = q.shape[1] ** -0.5 if scale is None else scale
   tile = _tile(q, len(k))
   elements = _CPU_TILE_ELEMENTS if tile < len(k) else _ELEMENTS
   chunks = _Chunks(q, len(k), chunk_size), _Chunks(q, tile, chunk_size, elements)
   # Codes lie along the last axis: the other way round a TPU would pad 16 or 32 to 128.
-  *found, k, v = _lookup(chunks, temperature, q * q.shape[1] ** -0.5, k.T, v.T)
+  *found, k, v = _lookup(chunks, temperature, q * scale, k.T, v.T)
   return Lookup(*found, k.T, v.T)
 
 

@@ -41,6 +41,30 @@ def test_encode_decode_and_call_agree(config, size):
   np.testing.assert_allclose(out.level_mse[1], error, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+@pytest.mark.parametrize("attn_dim", [8, 32])
+def test_queries_and_keys_give_the_logits_of_the_paper(norm, attn_dim):
+  """Eq. 6 in NumPy, with keys of `attn_dim` channels; up to a number for each query."""
+  quantizer = make(dataclasses.replace(ATTENTION, norm=norm, attn_dim=attn_dim))
+  x = latents(5)
+
+  def project(x, name):
+    linear = getattr(quantizer, f"to_{name}")
+    y = np.float64(x) @ np.float64(linear.kernel[...]) + np.float64(linear.bias[...])
+    if norm == "none":
+      return y
+    scale = getattr(quantizer, f"norm_{name}")
+    y = y - y.mean(1, keepdims=True) if norm == "layer" else y
+    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5) * np.float64(scale.scale[...])
+    return y + np.float64(scale.bias[...]) if norm == "layer" else y
+
+  expected = project(x, "q") @ project(quantizer.codebook[...], "k").T
+  logits = np.float64(quantizer.queries(x)) @ np.float64(quantizer.keys()).T
+  for y in (expected, logits):
+    y -= y.mean(1, keepdims=True)
+  np.testing.assert_allclose(logits, expected, atol=1e-6 * np.abs(expected).max())
+
+
 def test_level_sizes_follow_the_rule():
   config = QuantizerConfig(codebook_size=4, patch_sizes=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
   assert config.level_sizes(16, 16) == [(p, p) for p in config.patch_sizes]
