@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.extend
@@ -57,6 +58,7 @@ from coda_jax import sharding, weights
 from coda_jax.losses.adversarial import generator_loss
 from coda_jax.losses.objective import adaptive_layer, reconstruction_loss
 from coda_jax.losses.perceptual import LPIPS
+from coda_jax.models import lora
 from coda_jax.models.dino import DINO
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, REMAT, AutoencoderKL
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
@@ -351,8 +353,9 @@ def measure_step(trainer: TokenizerTrainer, plain: Callable, steps: int) -> dict
   result |= {"seconds": statistics.median(times[1:]), "all_seconds": times, "peak_gb": peak()}
   result["cpu_seconds"] = statistics.median(cpu[1:])
   result["flops"] = flops(trainer._update, state, trainer._frozen, images)
-  # Of the plain form: a folded adapter or what is computed again is not needed.
-  result["minimum"] = {k: float(v) for k, v in minimum(plain(), state).items()}
+  # Of the plain form: adapters beside their convolutions, nothing computed again.
+  with mock.patch.object(lora, "platform", lambda: "tpu"):
+    result["minimum"] = {k: float(v) for k, v in minimum(plain(), state).items()}
   return result
 
 

@@ -6,6 +6,7 @@ No bias, no alpha.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -14,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
-from coda_jax.ops.recompute import compute_once
+from coda_jax.ops.platform import platform
+from coda_jax.ops.recompute import after
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -56,6 +58,41 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) ->
   )
 
 
+def _delta(down: jax.Array, up: jax.Array) -> jax.Array:
+  """What the adapter adds to the kernel."""
+  return jnp.einsum("hwir,ro->hwio", down, up[0, 0], precision="highest")
+
+
+def _point(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return _convolve(x, kernel, 1, ((0, 0), (0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _adapted(stride, padding, x, kernel, down, up):
+  """Convolution with the adapter in the kernel, and the gradient of one beside it.
+
+  One large image less in either direction than two convolutions and their sum, and no gradient of
+  the whole kernel unless it trains.
+  """
+  return _convolve(x, kernel + _delta(*after(x, (down, up))), stride, padding)
+
+
+def _adapted_bwd(stride, padding, kept, dy):
+  x, kernel, down, up = kept
+  y, to_down = jax.vjp(lambda down: _convolve(x, down, stride, padding), down)
+  (d_down,) = to_down(_point(dy, up.swapaxes(2, 3)))
+  d_up = jnp.matmul(y.reshape(-1, y.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))[None, None]
+  # Last, so that what the adapter's gradients take is not held beside the image's.
+  kernel = after((d_down, d_up), kernel + _delta(down, up))
+  dx, d_kernel = jax.vjp(lambda x, k: _convolve(x, k, stride, padding), x, kernel)[1](dy)
+  return dx, d_kernel, d_down, d_up
+
+
+_adapted.defvjp(
+  lambda stride, padding, *args: (_adapted(stride, padding, *args), args), _adapted_bwd
+)
+
+
 class Conv(nnx.Module):
   """2D convolution, NHWC, with an optional LoRA adapter.
 
@@ -95,21 +132,23 @@ class Conv(nnx.Module):
     self.rank = rank
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
-    kernel = self.kernel[...] + self._delta() if self.rank and self.fold else self.kernel[...]
-    y = _convolve(x, kernel, self.stride, self.padding)
-    if self.rank and not self.fold:
-      down = _convolve(x, self.lora_down[...], self.stride, self.padding)
-      y = compute_once(y + _convolve(down, self.lora_up[...], 1, ((0, 0), (0, 0))))
+    kernel, window = self.kernel[...], (self.stride, self.padding)
+    if not self.rank:
+      y = _convolve(x, kernel, *window)
+    else:
+      down, up = self.lora_down[...], self.lora_up[...]
+      if self.fold:
+        y = _convolve(x, kernel + _delta(down, up), *window)
+      elif platform() == "cpu" and x.dtype == jnp.float32:
+        y = _adapted(*window, x, kernel, down, up)
+      else:
+        y = _convolve(x, kernel, *window) + _point(_convolve(x, down, *window), up)
     return y + self.bias[...].astype(x.dtype)
-
-  def _delta(self) -> jax.Array:
-    """What the adapter adds to the kernel."""
-    return jnp.einsum("hwir,ro->hwio", self.lora_down[...], self.lora_up[0, 0], precision="highest")
 
   def merge(self) -> None:
     """Folds the adapter into `kernel`, with equal output, and drops it."""
     if self.rank:
-      self.kernel[...] = self.kernel[...] + self._delta()
+      self.kernel[...] = self.kernel[...] + _delta(self.lora_down[...], self.lora_up[...])
       del self.lora_down, self.lora_up
       self.rank = 0
 

@@ -6,6 +6,7 @@ publish it.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -17,8 +18,9 @@ from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
 from coda_jax.models.lora import Conv, LoRAConfig
+from coda_jax.ops.group_norm import group_norm
 from coda_jax.ops.platform import platform
-from coda_jax.ops.recompute import recompute
+from coda_jax.ops.recompute import after, compute_once, recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,33 +94,15 @@ class Posterior:
 
 
 class GroupNorm(nnx.Module):
-  """Group normalisation, eps 1e-6, statistics in float32.
-
-  Sums run over positions first and over a group's channels last, so that channels stay in lanes.
-  They read x once: each channel's variance is that of its distances from its first pixel, which
-  keeps E[d²] − E[d]² from cancelling where a channel's mean is far from 0.
-  """
+  """Group normalisation, with swish behind it where asked (see `ops.group_norm`)."""
 
   def __init__(self, channels: int, groups: int):
     self.groups = groups
     self.scale = nnx.Param(jnp.ones(channels))
     self.bias = nnx.Param(jnp.zeros(channels))
 
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    b, _, _, c = x.shape
-    y = x.astype(jnp.float32)
-    first = jax.lax.stop_gradient(y[:, :1, :1])
-
-    def group_mean(t):
-      t = t.reshape(b, self.groups, c // self.groups).mean(-1)
-      return jnp.repeat(t, c // self.groups, axis=-1)[:, None, None]
-
-    distance = (y - first).mean((1, 2), keepdims=True)
-    variance = jnp.square(y - first).mean((1, 2), keepdims=True) - jnp.square(distance)
-    mean = group_mean(first + distance)
-    variance = group_mean(variance + jnp.square(first + distance - mean))
-    factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-6) * self.scale[...]
-    return (y * factor + (self.bias[...] - mean * factor)).astype(x.dtype)
+  def __call__(self, x: Float[Array, "b h w c"], *, swish: bool = False) -> Float[Array, "b h w c"]:
+    return group_norm(x, self.scale[...], self.bias[...], groups=self.groups, swish=swish)
 
 
 class ResBlock(nnx.Module):
@@ -137,12 +121,12 @@ class ResBlock(nnx.Module):
     """The block cut behind each adapted convolution; see `Decoder.run`."""
 
     def first(x):
-      return x, self.conv1(nnx.swish(self.norm1(x)))
+      return x, self.conv1(self.norm1(x, swish=True))
 
     def second(carry):
       x, h = carry
       shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-      return shortcut + self.conv2(nnx.swish(self.norm2(h)))
+      return shortcut + self.conv2(self.norm2(h, swish=True))
 
     return [(f"{self.path}.conv1", first), (f"{self.path}.conv2", second)]
 
@@ -169,7 +153,7 @@ class Downsample(nnx.Module):
     self.conv = make.conv(channels, channels, f"{path}.conv", stride=2, padding=((0, 1), (0, 1)))
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
-    return self.conv(x)
+    return self.conv(after(self.conv.kernel[...], x))
 
 
 class Upsample(nnx.Module):
@@ -180,6 +164,7 @@ class Upsample(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     b, h, w, c = x.shape
+    x = after(self.conv.kernel[...], x)  # doubled again in the backward pass: see `recompute`
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return self.conv(x.reshape(b, 2 * h, 2 * w, c))
 
@@ -193,20 +178,26 @@ REMAT = ("none", "convs", "blocks", "auto")
 def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
   """Runs layers, each cut into steps, one after the other."""
   if remat == "auto":
-    remat = "convs" if platform() == "cpu" else "none"
-  for steps in layers:
+    remat = "blocks" if platform() == "cpu" else "none"
+  for layer in layers:
+    layer = [functools.partial(_held_once, step) for step in layer]
+    if remat == "convs" or (remat == "blocks" and platform() == "cpu"):
+      layer = list(map(recompute, layer))
 
-    def whole(carry, steps=steps):
+    def whole(carry, steps=layer):
       for step in steps:
         carry = step(carry)
       return carry
 
-    if remat == "convs":
-      for step in steps:
-        carry = recompute(step)(carry)
-    else:
-      carry = (recompute(whole) if remat == "blocks" else whole)(carry)
+    several = remat == "blocks" and (len(layer) > 1 or platform() != "cpu")
+    carry = (recompute(whole) if several else whole)(carry)
   return carry
+
+
+def _held_once(step: Callable, carry):
+  """A step, of whose result not the convolution and its bias or residual are held, but the sum."""
+  *passed, last = jax.tree.leaves(out := step(carry))
+  return jax.tree.unflatten(jax.tree.structure(out), [*passed, compute_once(last)])
 
 
 @dataclasses.dataclass
@@ -279,7 +270,7 @@ class Encoder(nnx.Module):
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
     layers = [[step for _, step in _steps_of(layer)] for layer in self.layers()]
     x = _run(layers, self.conv_in(x), self.remat)
-    return self.conv_out(nnx.swish(self.norm_out(x)))
+    return self.conv_out(self.norm_out(x, swish=True))
 
 
 def _steps_of(layer: nnx.Module) -> list[tuple[str, Callable]]:
@@ -317,7 +308,7 @@ class Decoder(nnx.Module):
       out += map(_steps_of, self.up[i].layers())
       if i > 0:
         out.append([(f"decoder.up.{i}.upsample.conv", self.up[i].upsample)])
-    out.append([("", lambda x: self.conv_out(nnx.swish(self.norm_out(x))))])
+    out.append([("", lambda x: self.conv_out(self.norm_out(x, swish=True)))])
     return out
 
   def steps(self) -> list[tuple[str, Callable]]:

@@ -13,9 +13,10 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
   """`jax.checkpoint(function)`, of one argument, that saves memory on CPUs too.
 
   XLA's CPU compiler drops the barriers that keep the second computation apart from the first, and
-  merges them again. There the second one starts from the argument and weights after the cotangents.
-  The function's last output is taken to be what it computes; others to be passed on to whoever
-  uses them next.
+  merges them again. There the second one takes the weights that `function` closes over after the
+  cotangents; what it computes of the argument alone, before the first weight, is held. The
+  function's last output is taken to be what it computes; others to be passed on to whoever uses
+  them next.
   """
   if platform() != "cpu":
     return jax.checkpoint(function)
@@ -31,9 +32,7 @@ def recompute(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
       x, consts = kept
       *passed, last = jax.tree.leaves(cotangent)
       cotangent = jax.tree.unflatten(jax.tree.structure(cotangent), [*passed, compute_once(last)])
-      large = {i: t for i, t in enumerate(consts) if t.ndim > 1}
-      x, large = after(cotangent, (x, large))
-      consts = [large.get(i, t) for i, t in enumerate(consts)]
+      consts = after(cotangent, consts)
       return jax.vjp(lambda x, consts: convert(x, *consts), x, consts)[1](cotangent)
 
     call.defvjp(lambda x, consts: (convert(x, *consts), (x, consts)), backward)

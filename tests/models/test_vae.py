@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from flax import nnx
 from coda_jax import weights
 from coda_jax.errors import UserError
 from coda_jax.functional import take_apart
+from coda_jax.models import lora as lora_module
 from coda_jax.models.lora import Conv, LoRAConfig, merge_lora
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, GroupNorm, Posterior, VAEConfig
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, Posterior, VAEConfig
+from coda_jax.ops import group_norm
 from tests import tiny
 
 MAR_LORA = LoRAConfig(name_parts=("conv1", "conv2", "upsample", "downsample"))
@@ -117,7 +120,12 @@ def test_latent_scale_and_back():
 
 # How the VAE computes must not change what: output and gradients of every array and the input.
 @functools.cache
-def output_and_gradients(fold: bool, remat: str):
+def output_and_gradients(fold: bool, remat: str, own_gradients: bool = True):
+  if not own_gradients:  # as on other devices: adapters beside convolutions, the norm's by JAX
+    with mock.patch.object(lora_module, "platform", lambda: "gpu"):
+      with mock.patch.object(group_norm, "platform", lambda: "gpu"):
+        return output_and_gradients.__wrapped__(fold, remat)
+
   def make():
     return AutoencoderKL(tiny.VAE, lora=tiny.LORA, fold=fold, remat=remat, rngs=nnx.Rngs(0))
 
@@ -136,9 +144,11 @@ def output_and_gradients(fold: bool, remat: str):
   return out, gradients, compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("fold", "remat"), [(True, "none"), (False, "convs"), (True, "blocks")])
-def test_folding_and_recomputing_change_nothing(fold, remat):
-  expected, expected_gradients, _ = output_and_gradients(False, "none")
+@pytest.mark.parametrize(
+  ("fold", "remat"), [(False, "none"), (True, "none"), (False, "convs"), (True, "blocks")]
+)
+def test_how_gradients_are_taken_changes_nothing(fold, remat):
+  expected, expected_gradients, _ = output_and_gradients(False, "none", own_gradients=False)
   out, gradients, _ = output_and_gradients(fold, remat)
   np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
   for a, b in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
@@ -148,16 +158,4 @@ def test_folding_and_recomputing_change_nothing(fold, remat):
 def test_recomputing_saves_memory():
   kept = output_and_gradients(False, "none")[-1]
   assert output_and_gradients(False, "convs")[-1] < 0.8 * kept
-
-
-@pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 1e-5), (1000.0, 1e-3)])
-def test_group_norm_far_from_zero(mean, tolerance):
-  """Against float64; one sweep over E[x²] − E[x]² would be off by 0.4 at a mean of 1000."""
-  rng = np.random.default_rng(0)
-  x = (mean + rng.normal(size=(2, 16, 24, 8)) * rng.uniform(1, 3, 8)).astype(np.float32)
-  groups = x.astype(np.float64).reshape(2, 16, 24, 2, 4)
-  centred = groups - groups.mean((1, 2, 4), keepdims=True)
-  expected = centred / np.sqrt(np.square(centred).mean((1, 2, 4), keepdims=True) + 1e-6)
-  np.testing.assert_allclose(
-    GroupNorm(8, 2)(jnp.asarray(x)), expected.reshape(x.shape), atol=tolerance
-  )
+  assert output_and_gradients(False, "none", own_gradients=False)[-1] > kept
