@@ -58,7 +58,7 @@ from coda_jax import sharding, weights
 from coda_jax.losses.adversarial import generator_loss
 from coda_jax.losses.objective import adaptive_layer, reconstruction_loss
 from coda_jax.losses.perceptual import LPIPS
-from coda_jax.models import lora
+from coda_jax.models import lora, vgg
 from coda_jax.models.dino import DINO
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, REMAT, AutoencoderKL
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
@@ -354,7 +354,8 @@ def measure_step(trainer: TokenizerTrainer, plain: Callable, steps: int) -> dict
   result["cpu_seconds"] = statistics.median(cpu[1:])
   result["flops"] = flops(trainer._update, state, trainer._frozen, images)
   # Of the plain form: adapters beside their convolutions, nothing computed again.
-  with mock.patch.object(lora, "platform", lambda: "tpu"):
+  tpu = mock.Mock(return_value="tpu")
+  with mock.patch.object(lora, "platform", tpu), mock.patch.object(vgg, "platform", tpu):
     result["minimum"] = {k: float(v) for k, v in minimum(plain(), state).items()}
   return result
 

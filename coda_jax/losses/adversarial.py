@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from coda_jax import weights
 from coda_jax.models.dino import DINO, IMAGE_SIZE, WIDTH, dino_input, takes_window
+from coda_jax.ops.recompute import after
 
 Logits = Float[Array, "b n"]
 
@@ -51,7 +52,7 @@ class SpectralConv(nnx.Module):
     self.v = PowerIteration(_unit(draws[n + out_channels :]))
 
   def __call__(self, x, *, train: bool):
-    kernel = self.kernel[...]
+    kernel = after(x, self.kernel[...])
     size, matrix = len(kernel), kernel.reshape(-1, kernel.shape[-1])
     with jax.default_matmul_precision("highest"):
       if train:

@@ -84,8 +84,18 @@ def _adapted_bwd(stride, padding, kept, dy):
   d_up = jnp.matmul(y.reshape(-1, y.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))[None, None]
   # Last, so that what the adapter's gradients take is not held beside the image's.
   kernel = after((d_down, d_up), kernel + _delta(down, up))
-  dx, d_kernel = jax.vjp(lambda x, k: _convolve(x, k, stride, padding), x, kernel)[1](dy)
-  return dx, d_kernel, d_down, d_up
+  (d_kernel,) = jax.vjp(lambda k: _convolve(x, k, stride, padding), kernel)[1](dy)
+  return _input_gradient(dy, kernel, stride, padding, x), d_kernel, d_down, d_up
+
+
+def _input_gradient(dy, kernel, stride: int, padding: Padding, x) -> jax.Array:
+  """dx of `_convolve`; at strides a quarter at a time: XLA:CPU holds all patches of dx there."""
+  parts = []
+  for part in jnp.split(kernel, math.gcd(kernel.shape[2], 4) if stride > 1 else 1, axis=2):
+    part = after(parts or dy, part)
+    like = jax.ShapeDtypeStruct((*x.shape[:3], part.shape[2]), x.dtype)
+    parts += jax.linear_transpose(lambda x, k=part: _convolve(x, k, stride, padding), like)(dy)
+  return jnp.concatenate(parts, 3)
 
 
 _adapted.defvjp(

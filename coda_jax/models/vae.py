@@ -269,7 +269,8 @@ class Encoder(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
     layers = [[step for _, step in _steps_of(layer)] for layer in self.layers()]
-    x = _run(layers, self.conv_in(x), self.remat)
+    layers[0].insert(0, self.conv_in)  # cheap to compute again, and as large as anything
+    x = _run(layers, x, self.remat)
     return self.conv_out(self.norm_out(x, swish=True))
 
 

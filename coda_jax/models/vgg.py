@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from coda_jax.ops.platform import platform
+from coda_jax.ops.recompute import recompute
 
 # Output channels of the convolutions between two poolings.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -66,6 +67,8 @@ class VGG16(nnx.Module):
       if stage > 1:
         x = _max_pool(x)
       for i in range(1, len(widths) + 1):
-        x = _relu(getattr(self, f"conv{stage}_{i}")(x))
+        conv = getattr(self, f"conv{stage}_{i}")
+        # On CPUs, so that kernels are transposed for the backward pass when it is there.
+        x = _relu((recompute(conv) if platform() == "cpu" else conv)(x))
       maps.append(x)
     return tuple(maps)

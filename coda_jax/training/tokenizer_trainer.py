@@ -32,7 +32,7 @@ from coda_jax.losses.adversarial import DinoDiscriminator, PatchDiscriminator, l
 from coda_jax.losses.objective import Adversary, Objective, Outcome
 from coda_jax.losses.perceptual import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.ops.recompute import compute_once
+from coda_jax.ops.recompute import after, compute_once
 from coda_jax.training import checkpoints
 from coda_jax.training.logging import parameter_overview
 
@@ -446,7 +446,9 @@ class TokenizerTrainer:
 def _descend(optimizer, gradients: Arrays, state, params: Arrays):
   """(parameters, optimizer state) after an update."""
   updates, state = optimizer.update(gradients, state, params)
-  return optax.apply_updates(params, updates), state
+  params = optax.apply_updates(params, updates)
+  # XLA's CPU compiler would write the moments first and keep copies of the old ones for the rest.
+  return params, after(params, state)
 
 
 class _GlobalBatches:
