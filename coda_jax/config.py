@@ -288,8 +288,8 @@ class TrainConfig:
     fold: add the adapters to the kernels before the convolutions instead of to their outputs: half
       the memory traffic of the VAE, more products. For accelerators.
     remat: what of the VAE the backward pass computes anew: "none" (the compiler decides), "convs"
-      (all but convolutions), "blocks" (residual blocks): less memory, more work. "auto" is "convs"
-      on CPUs, where it costs no time, and "none" elsewhere.
+      (all but convolutions), "blocks" (residual blocks): less memory, more work. "auto" is "blocks"
+      on CPUs and "none" elsewhere.
     trainable: (variable type, regex over paths) pairs; what one of them matches is trained.
       Gradients and moments exist for those alone.
   """

@@ -170,8 +170,7 @@ class Upsample(nnx.Module):
 
 
 # What the backward pass computes anew: nothing by name (the compiler decides), what lies between
-# convolutions, everything within a residual block, or "convs" on CPUs, where it costs no time, and
-# "none" elsewhere.
+# convolutions, everything within a residual block, or "blocks" on CPUs and "none" elsewhere.
 REMAT = ("none", "convs", "blocks", "auto")
 
 
@@ -181,7 +180,9 @@ def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
     remat = "blocks" if platform() == "cpu" else "none"
   for layer in layers:
     layer = [functools.partial(_held_once, step) for step in layer]
-    if remat == "convs" or (remat == "blocks" and platform() == "cpu"):
+    # On CPUs a block's steps, too, so that one's activations go before the next one's come.
+    by_step = remat == "convs" or (remat == "blocks" and platform() == "cpu")
+    if by_step:
       layer = list(map(recompute, layer))
 
     def whole(carry, steps=layer):
@@ -189,8 +190,9 @@ def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
         carry = step(carry)
       return carry
 
-    several = remat == "blocks" and (len(layer) > 1 or platform() != "cpu")
-    carry = (recompute(whole) if several else whole)(carry)
+    if remat == "blocks" and not (by_step and len(layer) == 1):
+      whole = recompute(whole)
+    carry = whole(carry)
   return carry
 
 
