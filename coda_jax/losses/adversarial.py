@@ -52,6 +52,7 @@ class SpectralConv(nnx.Module):
     self.v = PowerIteration(_unit(draws[n + out_channels :]))
 
   def __call__(self, x, *, train: bool):
+    # Late, or XLA:CPU would divide and transpose the kernels of all heads first, and hold them.
     kernel = after(x, self.kernel[...])
     size, matrix = len(kernel), kernel.reshape(-1, kernel.shape[-1])
     with jax.default_matmul_precision("highest"):

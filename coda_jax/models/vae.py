@@ -153,6 +153,7 @@ class Downsample(nnx.Module):
     self.conv = make.conv(channels, channels, f"{path}.conv", stride=2, padding=((0, 1), (0, 1)))
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
+    # Late in the backward pass, as the kernel is there (see `recompute`); so in `Upsample`.
     return self.conv(after(self.conv.kernel[...], x))
 
 
@@ -164,7 +165,7 @@ class Upsample(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     b, h, w, c = x.shape
-    x = after(self.conv.kernel[...], x)  # doubled again in the backward pass: see `recompute`
+    x = after(self.conv.kernel[...], x)  # or what is held is the doubled x
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return self.conv(x.reshape(b, 2 * h, 2 * w, c))
 

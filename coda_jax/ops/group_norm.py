@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from coda_jax.ops.platform import platform
@@ -34,9 +33,6 @@ def _group_mean(x: jax.Array, groups: int) -> jax.Array:
   """Mean over each group's channels, at every one of them, of x [b, 1, 1, c]."""
   size = x.shape[-1] // groups
   means = x.reshape(len(x), groups, size).mean(-1)
-  if platform() == "cpu":  # a product, which no later operation computes again
-    members = np.repeat(np.eye(groups, dtype=np.float32), size, axis=1)
-    return jnp.matmul(means, members, precision="highest")[:, None, None]
   return jnp.repeat(means, size, axis=-1)[:, None, None]
 
 

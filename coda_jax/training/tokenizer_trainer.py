@@ -32,7 +32,7 @@ from coda_jax.losses.adversarial import DinoDiscriminator, PatchDiscriminator, l
 from coda_jax.losses.objective import Adversary, Objective, Outcome
 from coda_jax.losses.perceptual import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.ops.recompute import after, compute_once
+from coda_jax.ops.recompute import after
 from coda_jax.training import checkpoints
 from coda_jax.training.logging import parameter_overview
 
@@ -86,7 +86,6 @@ def make_optimizer(
   if settings.warmup_steps:
     warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
     schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
-  rate = lambda step: compute_once(schedule(step))  # noqa: E731  not in each parameter's update
 
   def by_path(pairs, transform, default: float):
     """`transform(x)` with the x of the first pair whose regex matches a parameter's path."""
@@ -101,7 +100,7 @@ def make_optimizer(
     optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
     by_path(settings.weight_decay, optax.add_decayed_weights, 0.0),
     by_path(settings.rates, optax.scale, 1.0),
-    optax.scale_by_learning_rate(rate),
+    optax.scale_by_learning_rate(schedule),
   )
   return optimizer, schedule
 
@@ -367,7 +366,7 @@ class TokenizerTrainer:
   def _apply(self, state: TrainState, variables, gradients, disc_gradients, metrics, counts):
     """The state after an update with these gradients, and all its metrics."""
     params, optimizer = _descend(self._optimizer, gradients, state.optimizer, state.params)
-    decay = compute_once(ema_decay(self.config.ema, state.step, self.steps_per_epoch))
+    decay = ema_decay(self.config.ema, state.step, self.steps_per_epoch)
     ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state.ema, params)
     age = code_age(state.code_age, counts.sum(0))
     metrics |= {

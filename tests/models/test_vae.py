@@ -145,7 +145,8 @@ def output_and_gradients(fold: bool, remat: str, own_gradients: bool = True):
 
 
 @pytest.mark.parametrize(
-  ("fold", "remat"), [(False, "none"), (True, "none"), (False, "convs"), (True, "blocks")]
+  ("fold", "remat"),
+  [(False, "none"), (True, "none"), (False, "convs"), (False, "blocks"), (True, "blocks")],
 )
 def test_how_gradients_are_taken_changes_nothing(fold, remat):
   expected, expected_gradients, _ = output_and_gradients(False, "none", own_gradients=False)
