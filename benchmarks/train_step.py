@@ -246,7 +246,7 @@ class Pieces:
     )
 
     def module(params):
-      return adversary._structure.module(params, disc.variables, adversary.frozen)
+      return adversary.structure.module(params, disc.variables, frozen["discriminator"])
 
     def encode(params, images):
       return tokenizer(params).vae.encode(images).sample(noise=self.latents)

@@ -1,13 +1,13 @@
 """Modules as pure functions of flat dictionaries of arrays."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
 from flax import nnx
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 class Functional:
@@ -52,10 +52,15 @@ def take_apart(module: nnx.Module) -> tuple[Functional, Arrays]:
   graphdef, state = nnx.split(module)
   named = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
   structure = {name: (path, v.replace(None)) for name, (path, v) in sorted(named.items())}
-  return Functional(graphdef, structure), arrays_of(module)
+  return Functional(graphdef, structure), {name: named[name][1].get_value() for name in structure}
 
 
-def part(arrays: Arrays, names: set[str]) -> tuple[Arrays, Arrays]:
+def structure_of(make: Callable[[], nnx.Module]) -> Functional:
+  """The structure of the module that `make` would build; nothing is allocated."""
+  return take_apart(nnx.eval_shape(make))[0]
+
+
+def part(arrays: Arrays, names: Set[str]) -> tuple[Arrays, Arrays]:
   """(the arrays of `names`, the others)."""
   return (
     {k: x for k, x in arrays.items() if k in names},

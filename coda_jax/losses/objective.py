@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from coda_jax.config import AdversarialSettings, LossSettings
 from coda_jax.errors import UserError
-from coda_jax.functional import Arrays, Functional, arrays_of, part, take_apart
-from coda_jax.losses.adversarial import DISCRIMINATOR_LOSSES, Discriminator, generator_loss
+from coda_jax.functional import Arrays, Functional, arrays_of, part
+from coda_jax.losses.adversarial import DISCRIMINATOR_LOSSES, generator_loss
 from coda_jax.losses.augmentation import diff_augment, fade_blur
 from coda_jax.losses.perceptual import LPIPS
 from coda_jax.ops.recompute import after
@@ -56,17 +56,20 @@ class Adversary:
   What it sees may be drawn anew each time (`AdversarialSettings`); frozen features are computed
   once for each distinct view.
 
-  Attributes:
-    params, variables, frozen: its arrays, by dotted path: what trains; what every call changes;
-      the rest.
+  Args:
+    discriminator: structure of a `Discriminator`.
+    settings: what it sees and how it learns.
   """
 
-  def __init__(self, discriminator: Discriminator, settings: AdversarialSettings):
-    self.settings = settings
-    self._structure, arrays = take_apart(discriminator)
-    select = self._structure.select
-    self.params, arrays = part(arrays, select((("Param", r"^heads\."),)))
-    self.variables, self.frozen = part(arrays, select((("PowerIteration", ""), ("BatchStat", ""))))
+  def __init__(self, discriminator: Functional, settings: AdversarialSettings):
+    self.structure, self.settings = discriminator, settings
+    self._trained = discriminator.select((("Param", r"^heads\."),))
+    self._variable = discriminator.select((("PowerIteration", ""), ("BatchStat", "")))
+
+  def split(self, arrays: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    """(what trains, what every call changes, what is frozen) of the discriminator's arrays."""
+    params, rest = part(arrays, self._trained)
+    return params, *part(rest, self._variable)
 
   def _features(self, arrays, images: Images, key: jax.Array, blur: jax.Array):
     """What the heads look at in one view of the images."""
@@ -78,7 +81,7 @@ class Adversary:
       images = diff_augment(
         images, augmentation, probability=settings.augment, cutout=settings.cutout
       )
-    module = self._structure.module(*arrays)
+    module = self.structure.module(*arrays)
     return module.features(images, view if settings.random_crop else None)
 
   def _same_view(self, arrays, size: tuple[int, int], a: jax.Array, b: jax.Array):
@@ -87,12 +90,12 @@ class Adversary:
       return False
     if not self.settings.random_crop:
       return True
-    module = self._structure.module(*arrays)
+    module = self.structure.module(*arrays)
     return module.same_view(size, jax.random.split(a)[0], jax.random.split(b)[0])
 
   def _logits(self, params: Arrays, variables: Arrays, frozen: Arrays, features):
     """Logits, and the variables after the call."""
-    module = self._structure.module(params, variables, frozen)
+    module = self.structure.module(params, variables, frozen)
     logits = module.logits(features, train=True)
     return logits, part(arrays_of(module), set(variables))[0]
 

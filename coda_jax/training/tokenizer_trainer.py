@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import pathlib
 import re
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx, struct
 from jax.experimental import multihost_utils
 
 from coda_jax import sharding, weights
-from coda_jax.config import EMASettings, OptimizerSettings, TrainConfig
+from coda_jax.config import AdversarialSettings, EMASettings, OptimizerSettings, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation.codebook import CodebookUsage, code_age, count_codes
@@ -26,11 +27,17 @@ from coda_jax.evaluation.reconstruction import (
   ReconstructionMetrics,
   reconstruct_batch,
 )
-from coda_jax.functional import Arrays, part, take_apart
+from coda_jax.functional import Arrays, arrays_of, part, structure_of, take_apart
 from coda_jax.losses import perceptual
-from coda_jax.losses.adversarial import DinoDiscriminator, PatchDiscriminator, load_dino
+from coda_jax.losses.adversarial import (
+  DinoDiscriminator,
+  Discriminator,
+  PatchDiscriminator,
+  load_dino,
+)
 from coda_jax.losses.objective import Adversary, Objective, Outcome
 from coda_jax.losses.perceptual import LPIPS
+from coda_jax.models.dino import DINO
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.ops.recompute import after
 from coda_jax.training import checkpoints
@@ -132,33 +139,40 @@ def load_perceptual(config: TrainConfig) -> tuple[TrainConfig, LPIPS | None]:
   return config, perceptual.lpips_from_package(dtype=dtype)
 
 
-def make_adversary(config: TrainConfig) -> Adversary | None:
-  """The discriminator of the config with fresh heads.
+def make_discriminator(config: TrainConfig, rngs: nnx.Rngs) -> Discriminator:
+  """The discriminator of the config with fresh heads, and zeros for DINO's weights; traceable.
+
+  Raises:
+    UserError: the images are too small for it.
+  """
+  settings, dtype = config.adversarial, jnp.dtype(config.dtype)
+  if settings.discriminator == "dino":
+    return DinoDiscriminator(DINO(dtype=dtype), dtype=dtype, rngs=rngs)
+  if config.tokenizer.image_size >> settings.patch_layers < 3:
+    raise UserError(
+      f"config.adversarial.patch_layers={settings.patch_layers} leaves nothing of images of "
+      f"{config.tokenizer.image_size} pixels; use fewer"
+    )
+  return PatchDiscriminator(
+    width=settings.patch_width, layers=settings.patch_layers, dtype=dtype, rngs=rngs
+  )
+
+
+def load_frozen_features(settings: AdversarialSettings) -> Arrays:
+  """What is frozen in the discriminator: DINO, if it has that.
 
   Raises:
     UserError: DINO's weights cannot be read.
   """
-  settings, dtype = config.adversarial, jnp.dtype(config.dtype)
-  rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
-  if settings.discriminator == "none":
-    return None
   if settings.discriminator == "patch":
     log.info("discriminator: PatchGAN, which is not the paper's")
-    width, layers = settings.patch_width, settings.patch_layers
-    if config.tokenizer.image_size >> layers < 3:
-      raise UserError(
-        f"config.adversarial.patch_layers={layers} leaves nothing of images of "
-        f"{config.tokenizer.image_size} pixels; use fewer"
-      )
-    patch = PatchDiscriminator(width=width, layers=layers, dtype=dtype, rngs=rngs)
-    return Adversary(patch, settings)
+    return {}
   if not settings.dino_weights:
     raise UserError(
       "config.adversarial.discriminator=dino needs config.adversarial.dino_weights, the directory "
       "of `python -m convert dino`; without them choose patch or none"
     )
-  dino = load_dino(settings.dino_weights, dtype=dtype)
-  return Adversary(DinoDiscriminator(dino, dtype=dtype, rngs=rngs), settings)
+  return {f"dino.{path}": x for path, x in arrays_of(load_dino(settings.dino_weights)).items()}
 
 
 class TokenizerTrainer:
@@ -189,22 +203,31 @@ class TokenizerTrainer:
     self._disc_optimizer, _ = make_optimizer(config.adversarial.optimizer, self.steps)
     self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
 
-    self._tokenizer, arrays = take_apart(self._initial_tokenizer())
-    trained = self._tokenizer.select(config.trainable)
-    if not trained:
+    t = config.tokenizer
+    vae = weights.load_vae(t.vae)
+    self.tokenizer_config = TokenizerConfig(vae.config, t.quantizer, t.lora, t.image_size)
+    given = {f"vae.{path}": x for path, x in arrays_of(vae).items()}
+    self._tokenizer = structure_of(self._make_tokenizer)
+    self._trained = self._tokenizer.select(config.trainable)
+    if not self._trained:
       raise UserError(f"config.trainable={config.trainable} matches no parameter: nothing to train")
-    params, frozen = part(arrays, trained)
-    self._initial, self._frozen = jax.tree.map(np.asarray, params), {"tokenizer": frozen}
+    self._given, frozen = part(given, self._trained)  # a trained VAE starts from what it was
+    fresh = set(self._tokenizer.names) - self._trained - set(given)
+    if fresh:
+      frozen |= _jit_once(self._fresh, static_argnums=0)(frozenset(fresh))
+    self._frozen = {"tokenizer": frozen}
     self._lpips = None
     if lpips is not None:
       self._lpips, self._frozen["lpips"] = take_apart(lpips)
-    self._adversary = make_adversary(config)
-    if self._adversary is not None:
-      self._frozen["discriminator"] = self._adversary.frozen
+    self._adversary = None
+    if config.adversarial.discriminator != "none":
+      discriminator = structure_of(self._make_discriminator)
+      self._adversary = Adversary(discriminator, config.adversarial)
+      self._frozen["discriminator"] = load_frozen_features(config.adversarial)
     self._objective = Objective(config.losses, self._tokenizer, self._lpips, self._adversary)
 
     self._frozen = jax.device_put(self._frozen, self._shardings(self._frozen))
-    state = jax.eval_shape(self._fresh_state, self._initial)
+    state = jax.eval_shape(self._fresh_state, self._given)
     self._state_shardings = self._shardings(state)
     self._abstract = checkpoints.abstract(state, self._state_shardings)
     batch = sharding.batch_sharding(mesh)
@@ -230,37 +253,33 @@ class TokenizerTrainer:
 
   # The state before the first update.
 
-  def _initial_tokenizer(self) -> Tokenizer:
-    """The VAE of the config with fresh adapters and a fresh quantizer."""
-    t = self.config.tokenizer
-    vae = weights.load_vae(t.vae)
-    self.tokenizer_config = TokenizerConfig(vae.config, t.quantizer, t.lora, t.image_size)
-    given = {f"vae.{path}": v[...] for path, v in weights.flat_params(vae).items()}
+  def _make_tokenizer(self) -> Tokenizer:
+    """The tokenizer of the config with fresh weights; the VAE's own are never used."""
+    config = self.config
+    return Tokenizer(
+      self.tokenizer_config,
+      dtype=jnp.dtype(config.dtype),
+      fold=config.fold,
+      remat=config.remat,
+      rngs=nnx.Rngs(jax.random.key(config.seed)),
+    )
 
-    def make(key):
-      return Tokenizer(
-        self.tokenizer_config,
-        dtype=jnp.dtype(self.config.dtype),
-        fold=self.config.fold,
-        remat=self.config.remat,
-        rngs=nnx.Rngs(key),
-      )
+  def _make_discriminator(self) -> Discriminator:
+    key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+    return make_discriminator(self.config, nnx.Rngs(key))
 
-    def fresh(key):  # under jit, so that the VAE's own initialisation, not used, is left out
-      return {p: v[...] for p, v in weights.flat_params(make(key)).items() if p not in given}
+  def _fresh(self, names: Set[str]) -> Arrays:
+    """Those of a fresh tokenizer's arrays; under jit nothing else of it is computed."""
+    return part(arrays_of(self._make_tokenizer()), names)[0]
 
-    # A program of hundreds of small random draws, run once: compiling it is all that costs.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    fresh = jax.jit(fresh, compiler_options=quick)
-
-    key = jax.random.key(self.config.seed)
-    return weights.build(lambda: make(key), given | fresh(key), t.vae)
-
-  def _fresh_state(self, params: Arrays) -> TrainState:
+  def _fresh_state(self, given: Arrays) -> TrainState:
+    """The first state, with what is `given` of the parameters instead of fresh ones."""
     copy = functools.partial(jax.tree.map, jnp.copy)  # donated buffers must not be shared
+    params = given | self._fresh(self._trained - set(given))
+    disc_params, variables = {}, {}
+    if self._adversary is not None:
+      disc_params, variables, _ = self._adversary.split(arrays_of(self._make_discriminator()))
     codes = self.config.tokenizer.quantizer.codebook_size
-    adversary = self._adversary
-    disc_params = copy(adversary.params) if adversary else {}
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=copy(params),
@@ -268,23 +287,24 @@ class TokenizerTrainer:
       optimizer=self._optimizer.init(params),
       code_age=jnp.zeros(codes, jnp.int32),
       discriminator=DiscriminatorState(
-        params=disc_params,
-        variables=copy(adversary.variables) if adversary else {},
-        optimizer=self._disc_optimizer.init(disc_params),
+        params=disc_params, variables=variables, optimizer=self._disc_optimizer.init(disc_params)
       ),
     )
 
   def initial_state(self) -> TrainState:
     """Fresh adapters and quantizer; with Euclidean look-up the codes are latents of a batch."""
-    params = dict(self._initial)
-    if self.config.tokenizer.quantizer.lookup == "euclidean" and "quantizer.codebook" in params:
+    given = jax.tree.map(np.asarray, self._given)
+    state = _jit_once(self._fresh_state, out_shardings=self._state_shardings)(given)
+    codes = "quantizer.codebook"
+    if self.config.tokenizer.quantizer.lookup == "euclidean" and codes in state.params:
       batches = self.batches(0)
-      draw = jax.jit(self._draw_codes, out_shardings=sharding.replicated(self.mesh))
-      codes = draw(params, self._frozen, next(batches))
+      draw = jax.jit(self._draw_codes, out_shardings=self._state_shardings.params[codes])
+      drawn = draw(state.params, self._frozen, next(batches))
       batches.close()
-      params["quantizer.codebook"] = np.asarray(codes)
-    params = jax.device_put(params, self._state_shardings.params)
-    return jax.jit(self._fresh_state, out_shardings=self._state_shardings)(params)
+      state = state.replace(
+        params=state.params | {codes: drawn}, ema=state.ema | {codes: jnp.copy(drawn)}
+      )
+    return state
 
   def _draw_codes(self, params: Arrays, frozen, images: jax.Array) -> jax.Array:
     """[V, C] latents drawn from a batch, all different if it has that many."""
@@ -440,6 +460,12 @@ class TokenizerTrainer:
     arrays = gather((state.ema, self._frozen["tokenizer"]))
     if jax.process_index() == 0:
       weights.save_tokenizer(self._tokenizer.module(*arrays), workdir / "tokenizer")
+
+
+def _jit_once(function, **options):
+  """`jax.jit` of hundreds of small random draws, run once: compiling is all that it costs."""
+  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  return jax.jit(function, compiler_options=quick, **options)
 
 
 def _descend(optimizer, gradients: Arrays, state, params: Arrays):

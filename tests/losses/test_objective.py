@@ -62,16 +62,18 @@ def tokenizer():
 def outcome(tokenizer, schedule=0.5, layer="last", **settings):
   structure, arrays = tokenizer
   params, frozen = part(arrays, structure.select((("LoRAParam", ""), ("Param", "^quantizer"))))
+  discriminator, arrays = take_apart(Linear())
   adversary = Adversary(
-    Linear(), AdversarialSettings(discriminator="patch", adaptive_layer=layer, **settings)
+    discriminator, AdversarialSettings(discriminator="patch", adaptive_layer=layer, **settings)
   )
+  *trained, disc_frozen = adversary.split(arrays)
   objective = Objective(LOSSES, structure, None, adversary)
   run = jax.jit(objective.__call__)
   images = tiny.images(2, 16, 16)
   return run(
     params,
-    (adversary.params, adversary.variables),
-    {"tokenizer": frozen, "discriminator": adversary.frozen},
+    tuple(trained),
+    {"tokenizer": frozen, "discriminator": disc_frozen},
     images,
     jax.random.normal(jax.random.key(1), (2, 16, 16, 16)),
     jax.random.key(2),

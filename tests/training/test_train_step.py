@@ -115,9 +115,11 @@ def test_update_is_the_official_one(golden):
   trained = structure.select((("LoRAParam", ""), ("Param", r"^quantizer\.")))
   params, frozen = part(arrays, trained)
   lpips, lpips_arrays = take_apart(lpips_of(golden))
-  adversary = Adversary(discriminator(golden), adversarial)
+  discriminator_structure, discriminator_arrays = take_apart(discriminator(golden))
+  adversary = Adversary(discriminator_structure, adversarial)
+  *discriminator_state, discriminator_frozen = adversary.split(discriminator_arrays)
   objective = Objective(losses, structure, lpips, adversary)
-  frozen = {"tokenizer": frozen, "lpips": lpips_arrays, "discriminator": adversary.frozen}
+  frozen = {"tokenizer": frozen, "lpips": lpips_arrays, "discriminator": discriminator_frozen}
   nhwc = lambda field: jnp.asarray(np.moveaxis(golden.input(field), 1, -1))  # noqa: E731
 
   @jax.jit
@@ -144,8 +146,7 @@ def test_update_is_the_official_one(golden):
     theirs = step(adversarial.optimizer, out.discriminator_gradients, discriminator[0])
     return out, ours, theirs
 
-  discriminator_state = (adversary.params, adversary.variables)
-  inputs = (params, discriminator_state, frozen, nhwc("input"), nhwc("noise"))
+  inputs = (params, tuple(discriminator_state), frozen, nhwc("input"), nhwc("noise"))
   out, (norm, clipped, updates), (disc_norm, disc_clipped, _) = update(*inputs)
   expected = golden.outputs()
   for level, ids in enumerate(out.ids):
