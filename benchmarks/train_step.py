@@ -339,7 +339,7 @@ def measure_step(trainer: TokenizerTrainer, plain: Callable, steps: int) -> dict
   images = jax.device_put(images, sharding.batch_sharding(trainer.mesh, leading=1))
   state = jax.block_until_ready(trainer.initial_state())
   result = {"gb_before": peak()}
-  step = trainer._step.lower(state, trainer._frozen, images).compile()
+  step = trainer.compile_step(state, images)
   result["gb_compiled"], times, cpu = peak(), [], []
   result["gb_temporaries"] = step.memory_analysis().temp_size_in_bytes / 1e9
   forget_peak()

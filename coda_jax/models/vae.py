@@ -263,17 +263,24 @@ class Encoder(nnx.Module):
     self.norm_out = make.norm(widths[-1])
     self.conv_out = make.conv(widths[-1], 2 * config.z_channels, "encoder.conv_out")
 
-  def layers(self) -> list[nnx.Module]:
-    """Everything between `conv_in` and `norm_out`, in order."""
+  def layers(self) -> list[list[Callable]]:
+    """Every layer up to `norm_out` as its steps.
+
+    The ends of a level belong to the blocks beside them: as large as anything, and cheap to
+    compute again.
+    """
     out = []
     for level in self.down:
-      out += level.layers() + ([level.downsample] if hasattr(level, "downsample") else [])
-    return [*out, self.mid.block_1, self.mid.attn_1, self.mid.block_2]
+      out += [[step for _, step in _steps_of(layer)] for layer in level.layers()]
+      if hasattr(level, "downsample"):
+        out[-1].append(level.downsample)
+    out[0].insert(0, self.conv_in)
+    for layer in (self.mid.block_1, self.mid.attn_1, self.mid.block_2):
+      out.append([step for _, step in _steps_of(layer)])
+    return out
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
-    layers = [[step for _, step in _steps_of(layer)] for layer in self.layers()]
-    layers[0].insert(0, self.conv_in)  # cheap to compute again, and as large as anything
-    x = _run(layers, x, self.remat)
+    x = _run(self.layers(), x, self.remat)
     return self.conv_out(self.norm_out(x, swish=True))
 
 
