@@ -289,22 +289,22 @@ class TokenizerTrainer:
     codes = "quantizer.codebook"
     if self.config.tokenizer.quantizer.lookup == "euclidean" and codes in state.params:
       batches = self.batches(0)
-      draw = jax.jit(self._draw_codes, out_shardings=self._state_shardings.params[codes])
-      drawn = draw(state.params, self._frozen, next(batches))
+      places = self._state_shardings.params[codes], self._state_shardings.ema[codes]
+      draw = jax.jit(self._draw_codes, out_shardings=places)
+      params, ema = draw(state.params, self._frozen, next(batches))
       batches.close()
-      state = state.replace(
-        params=state.params | {codes: drawn}, ema=state.ema | {codes: jnp.copy(drawn)}
-      )
+      state = state.replace(params=state.params | {codes: params}, ema=state.ema | {codes: ema})
     return state
 
-  def _draw_codes(self, params: Arrays, frozen, images: jax.Array) -> jax.Array:
-    """[V, C] latents drawn from a batch, all different if it has that many."""
+  def _draw_codes(self, params: Arrays, frozen, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[V, C] latents drawn from a batch, all different if it has that many; twice."""
     tokenizer = self._tokenizer.module(params, frozen["tokenizer"])
     key = jax.random.fold_in(jax.random.wrap_key_data(self._key), np.uint32(2**32 - 1))
     latents = jax.lax.map(lambda x: tokenizer.latents(pipeline.normalize(x), key), images)
     latents = latents.reshape(-1, latents.shape[-1])
     size = self.config.tokenizer.quantizer.codebook_size
-    return jax.random.choice(key, latents, (size,), replace=len(latents) < size)
+    codes = jax.random.choice(key, latents, (size,), replace=len(latents) < size)
+    return codes, jnp.copy(codes)
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the state."""

@@ -1,6 +1,7 @@
 """Updates of tiny tokenizers (`runs.py`)."""
 
 import dataclasses
+import gc
 import math
 
 import jax
@@ -18,6 +19,10 @@ from coda_jax.training.checkpoints import Checkpoints
 from coda_jax.training.logging import read_metrics
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 from tests.training import runs
+
+ADVERSARIAL = c.AdversarialSettings(
+  discriminator="patch", patch_width=4, patch_layers=1, ramp_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,33 @@ def test_only_the_selected_train(trainer, updates):
   sizes = sum(x.size for x in state.params.values())
   moments = sum(x.size for x in jax.tree.leaves(state.optimizer))
   assert moments <= 2 * sizes + 4  # two moments each, and counters
+
+
+def test_nothing_is_held_twice(folder):
+  """What a trainer and its state hold together is the state and the frozen weights, each once."""
+  before = jax.live_arrays()
+  others = {id(x) for x in before}
+  trainer = make_trainer(runs.config(folder, adversarial=ADVERSARIAL))
+  with jax.set_mesh(trainer.mesh):
+    state = jax.block_until_ready(trainer.initial_state())
+  gc.collect()
+  held = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if id(x) not in others}
+  ours = sum(x.nbytes for x in jax.tree.leaves((state, trainer._frozen)))
+  assert sum(held.values()) <= 1.01 * ours
+
+
+def test_what_is_fresh_may_be_frozen_and_a_given_vae_may_train(folder):
+  vae = weights.read_arrays(folder / "vae")
+  settings = runs.config(folder, trainable=(("LoRAParam", ""), ("Param", r"vae\.decoder\.conv_")))
+  trainer = make_trainer(settings)
+  with jax.set_mesh(trainer.mesh):
+    state = trainer.initial_state()
+  trained = [n for n in state.params if ".lora_" not in n]
+  assert trained == [f"vae.decoder.conv_{e}.{p}" for e in ("in", "out") for p in ("bias", "kernel")]
+  for name in trained:
+    np.testing.assert_array_equal(state.params[name], vae[name.removeprefix("vae.")])
+    np.testing.assert_array_equal(state.ema[name], state.params[name])
+  assert np.std(trainer._frozen["tokenizer"]["quantizer.codebook"]) > 0
 
 
 def test_selection_by_path_and_type(trainer):
@@ -179,10 +211,7 @@ def test_accumulation_averages_gradients(euclidean):
 @pytest.fixture(scope="module")
 def adversarial(folder):
   """A small PatchGAN against the tokenizer, in two micro-batches, on 8 devices."""
-  adversarial = c.AdversarialSettings(
-    discriminator="patch", patch_width=4, patch_layers=1, ramp_steps=2
-  )
-  settings = runs.config(folder, adversarial=adversarial, data__batch_size=16, data__accumulation=2)
+  settings = runs.config(folder, adversarial=ADVERSARIAL, data__batch_size=16, data__accumulation=2)
   return make_trainer(settings, devices=8)
 
 
