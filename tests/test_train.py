@@ -4,10 +4,12 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -64,13 +66,22 @@ def tokenizer(workdir):
   return safetensors.numpy.load_file(workdir / "tokenizer" / "model.safetensors")
 
 
-def test_killed_and_stopped_runs_end_with_the_same_bits(folder):
-  whole, broken = folder / "whole", folder / "broken"
-  process = start(folder, whole)
+def records(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """A run from its start to its end."""
+  process = start(folder, folder / "whole")
   _, errors = process.communicate(timeout=600)
   assert process.returncode == 0, errors
   assert "step 8/8" in errors and "done:" in errors
+  return folder / "whole"
 
+
+def test_killed_and_stopped_runs_end_with_the_same_bits(folder, whole):
+  broken = folder / "broken"
   process = start(folder, broken)
   wait_for_step(process, broken, 3)
   process.kill()  # while step 2 may still be being saved
@@ -90,11 +101,38 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(folder):
   ours, theirs = tokenizer(broken), tokenizer(whole)
   assert set(ours) == set(theirs)
   assert all((ours[k] == theirs[k]).all() for k in ours)
-  records = [
-    [(r["kind"], r["step"]) for r in map(json.loads, (d / "metrics.jsonl").open())]
-    for d in (broken, whole)
-  ]
-  assert sorted(records[0]) == sorted(records[1])
+  ours, theirs = (sorted((r["kind"], r["step"]) for r in records(d)) for d in (broken, whole))
+  assert ours == theirs
+
+
+def test_two_processes_compute_the_same(folder, whole):
+  """Half of each batch and of the parameters each, stopped by SIGTERM to one and continued."""
+  workdir = folder / "two"
+
+  def start_both():
+    with socket.socket() as s:
+      s.bind(("localhost", 0))
+      address = f"localhost:{s.getsockname()[1]}"
+    flags = [f"--coordinator={address}", "--num-processes=2", "--config.mesh.fsdp=2"]
+    return [start(folder, workdir, *flags, f"--process-id={i}") for i in range(2)]
+
+  def finish(processes):
+    errors = [p.communicate(timeout=600)[1] for p in processes]
+    assert not any(p.returncode for p in processes), errors
+    return errors
+
+  processes = start_both()
+  wait_for_step(processes[0], workdir, 3)
+  processes[1].send_signal(signal.SIGTERM)
+  assert "stopped by a signal; saved step" in finish(processes)[0]
+  assert "continuing" in finish(start_both())[0]
+  theirs = {(r["kind"], r["step"]): r for r in records(whole)}
+  ours = {(r["kind"], r["step"]): r for r in records(workdir)}
+  assert set(ours) == set(theirs)
+  for key, record in ours.items():
+    for name in ("loss", "psnr", "quantization_error/level_2"):
+      if name in record:
+        np.testing.assert_allclose(record[name], theirs[key][name], rtol=1e-3, err_msg=str(key))
 
 
 def fail(capsys, *argv):
