@@ -1,7 +1,7 @@
 """Modules as pure functions of flat dictionaries of arrays."""
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def take_apart(module: nnx.Module) -> tuple[Functional, Arrays]:
   graphdef, state = nnx.split(module)
   named = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
   structure = {name: (path, v.replace(None)) for name, (path, v) in sorted(named.items())}
-  return Functional(graphdef, structure), {name: named[name][1].get_value() for name in structure}
+  return Functional(graphdef, structure), arrays_of(module)
 
 
 def structure_of(make: Callable[[], nnx.Module]) -> Functional:
@@ -60,7 +60,7 @@ def structure_of(make: Callable[[], nnx.Module]) -> Functional:
   return take_apart(nnx.eval_shape(make))[0]
 
 
-def part(arrays: Arrays, names: Set[str]) -> tuple[Arrays, Arrays]:
+def part(arrays: Arrays, names: set[str]) -> tuple[Arrays, Arrays]:
   """(the arrays of `names`, the others)."""
   return (
     {k: x for k, x in arrays.items() if k in names},

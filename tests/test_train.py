@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from coda_jax import train
+from coda_jax.training.logging import read_metrics
 from tests.training import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -66,10 +67,6 @@ def tokenizer(workdir):
   return safetensors.numpy.load_file(workdir / "tokenizer" / "model.safetensors")
 
 
-def records(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-
-
 @pytest.fixture(scope="module")
 def whole(folder):
   """A run from its start to its end."""
@@ -101,7 +98,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(folder, whole):
   ours, theirs = tokenizer(broken), tokenizer(whole)
   assert set(ours) == set(theirs)
   assert all((ours[k] == theirs[k]).all() for k in ours)
-  ours, theirs = (sorted((r["kind"], r["step"]) for r in records(d)) for d in (broken, whole))
+  ours, theirs = (sorted((r["kind"], r["step"]) for r in read_metrics(d)) for d in (broken, whole))
   assert ours == theirs
 
 
@@ -122,12 +119,12 @@ def test_two_processes_compute_the_same(folder, whole):
     return errors
 
   processes = start_both()
-  wait_for_step(processes[0], workdir, 3)
+  wait_for_step(processes[0], workdir, 1)  # early: jax looks for signals once a second
   processes[1].send_signal(signal.SIGTERM)
   assert "stopped by a signal; saved step" in finish(processes)[0]
   assert "continuing" in finish(start_both())[0]
-  theirs = {(r["kind"], r["step"]): r for r in records(whole)}
-  ours = {(r["kind"], r["step"]): r for r in records(workdir)}
+  theirs = {(r["kind"], r["step"]): r for r in read_metrics(whole)}
+  ours = {(r["kind"], r["step"]): r for r in read_metrics(workdir)}
   assert set(ours) == set(theirs)
   for key, record in ours.items():
     for name in ("loss", "psnr", "quantization_error/level_2"):

@@ -266,18 +266,17 @@ class Encoder(nnx.Module):
   def layers(self) -> list[list[Callable]]:
     """Every layer up to `norm_out` as its steps.
 
-    The ends of a level belong to the blocks beside them: as large as anything, and cheap to
-    compute again.
+    `conv_in` and each downsample belong to the block beside them: what lies between is as large
+    as anything, and cheap to compute again.
     """
-    out = []
+    layers = []
     for level in self.down:
-      out += [[step for _, step in _steps_of(layer)] for layer in level.layers()]
+      layers += [[module] for module in level.layers()]
       if hasattr(level, "downsample"):
-        out[-1].append(level.downsample)
-    out[0].insert(0, self.conv_in)
-    for layer in (self.mid.block_1, self.mid.attn_1, self.mid.block_2):
-      out.append([step for _, step in _steps_of(layer)])
-    return out
+        layers[-1].append(level.downsample)
+    layers[0].insert(0, self.conv_in)
+    layers += [[self.mid.block_1], [self.mid.attn_1], [self.mid.block_2]]
+    return [[step for module in layer for _, step in _steps_of(module)] for layer in layers]
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
     x = _run(self.layers(), x, self.remat)

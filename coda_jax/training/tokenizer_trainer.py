@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import pathlib
 import re
-from collections.abc import Set
 from typing import Any
 
 import jax
@@ -212,10 +211,12 @@ class TokenizerTrainer:
     self._trained = self._tokenizer.select(config.trainable)
     if not self._trained:
       raise UserError(f"config.trainable={config.trainable} matches no parameter: nothing to train")
-    self._given, frozen = part(given, self._trained)  # a trained VAE starts from what it was
-    fresh = set(self._tokenizer.names) - self._trained - set(given)
+    given, frozen = part(given, self._trained)
+    # What a trained VAE starts from. Copies, or a device would hold it as long as this.
+    self._given = jax.tree.map(np.array, given)
+    fresh = set(self._tokenizer.names) - self._trained - set(frozen)
     if fresh:
-      frozen |= _jit_once(self._fresh, static_argnums=0)(frozenset(fresh))
+      frozen |= _jit_once(lambda: self._fresh(fresh))()
     self._frozen = {"tokenizer": frozen}
     self._lpips = None
     if lpips is not None:
@@ -259,7 +260,7 @@ class TokenizerTrainer:
     key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
     return make_discriminator(self.config, nnx.Rngs(key))
 
-  def _fresh(self, names: Set[str]) -> Arrays:
+  def _fresh(self, names: set[str]) -> Arrays:
     """Those of a fresh tokenizer's arrays; under jit nothing else of it is computed."""
     return part(arrays_of(self._make_tokenizer()), names)[0]
 
@@ -284,7 +285,8 @@ class TokenizerTrainer:
 
   def initial_state(self) -> TrainState:
     """Fresh adapters and quantizer; with Euclidean look-up the codes are latents of a batch."""
-    given = jax.tree.map(np.asarray, self._given)
+    places = {path: self._state_shardings.params[path] for path in self._given}
+    given = jax.device_put(self._given, places)
     state = _jit_once(self._fresh_state, out_shardings=self._state_shardings)(given)
     codes = "quantizer.codebook"
     if self.config.tokenizer.quantizer.lookup == "euclidean" and codes in state.params:
@@ -318,7 +320,10 @@ class TokenizerTrainer:
   # One update.
 
   def step(self, state: TrainState, images: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from images uint8 [accumulation, B, H, W, 3]; `state` is donated."""
+    """One update from images uint8 [accumulation, B, H, W, 3]; `state` is donated.
+
+    The first call compiles it; images of another shape are an error after that.
+    """
     if self._step is None:
       self._step = self.compile_step(state, images)
     return self._step(state, self._frozen, images)

@@ -27,6 +27,13 @@ def exact(x, scale, bias, swish, groups=GROUPS):
   return y / (1 + np.exp(-y)) if swish else y
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def form(request, monkeypatch):
+  """The norm as it is on CPUs, and as elsewhere."""
+  monkeypatch.setattr(ops, "platform", lambda: request.param)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("swish", [False, True])
 def test_values_are_those_of_float64(swish):
   *args, _ = draw()
@@ -34,6 +41,7 @@ def test_values_are_those_of_float64(swish):
   np.testing.assert_allclose(y, exact(*args, swish), rtol=0, atol=2e-5)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("swish", [False, True])
 def test_the_gradient_is_the_derivative(swish):
   """Of inputs, scale and bias, in random directions, against differences in float64."""
@@ -67,6 +75,7 @@ def test_gradients_agree_with_the_compilers(dtype, tolerance):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 1e-5), (1000.0, 1e-3)])
 def test_far_from_zero(mean, tolerance):
   """Against float64; one sweep over E[x²] − E[x]² would be off by 0.4 at a mean of 1000."""

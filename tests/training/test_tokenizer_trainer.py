@@ -93,11 +93,12 @@ def test_only_the_selected_train(trainer, updates):
   assert moments <= 2 * sizes + 4  # two moments each, and counters
 
 
-def test_nothing_is_held_twice(folder):
+@pytest.mark.parametrize("trainable", [c.TrainConfig.trainable, (("Param", "^vae"),)])
+def test_nothing_is_held_twice(folder, trainable):
   """What a trainer and its state hold together is the state and the frozen weights, each once."""
   before = jax.live_arrays()
   others = {id(x) for x in before}
-  trainer = make_trainer(runs.config(folder, adversarial=ADVERSARIAL))
+  trainer = make_trainer(runs.config(folder, adversarial=ADVERSARIAL, trainable=trainable))
   with jax.set_mesh(trainer.mesh):
     state = jax.block_until_ready(trainer.initial_state())
   gc.collect()
