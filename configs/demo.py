@@ -9,7 +9,7 @@ import dataclasses
 
 from coda_jax import config as c
 from coda_jax.models.lora import LoRAConfig
-from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.quantizer import MAR_PATCH_SIZES, QuantizerConfig
 
 
 def get_config(arg: str = "full"):
@@ -17,7 +17,7 @@ def get_config(arg: str = "full"):
     tokenizer=c.TokenizerSettings(
       vae="demo/vae",
       lora=LoRAConfig(rank=16, name_parts=("conv1", "conv2", "upsample", "downsample")),
-      quantizer=QuantizerConfig(codebook_size=1024, patch_sizes=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+      quantizer=QuantizerConfig(codebook_size=1024, patch_sizes=MAR_PATCH_SIZES),
       image_size=64,
     ),
     data=c.DataSettings(

@@ -6,7 +6,7 @@
 
 from coda_jax import config as c
 from coda_jax.models.lora import LoRAConfig
-from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.quantizer import FLUX_PATCH_SIZES, QuantizerConfig
 
 
 def get_config(arg: str = "full"):
@@ -14,9 +14,7 @@ def get_config(arg: str = "full"):
     tokenizer=c.TokenizerSettings(
       vae="checkpoints/flux_vae",
       lora=LoRAConfig(rank=32, name_parts=("conv1", "conv2")),
-      quantizer=QuantizerConfig(
-        codebook_size=65536, patch_sizes=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), beta=0.05
-      ),
+      quantizer=QuantizerConfig(codebook_size=65536, patch_sizes=FLUX_PATCH_SIZES, beta=0.05),
       image_size=256,
     ),
     data=c.DataSettings(

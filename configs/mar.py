@@ -6,7 +6,7 @@
 
 from coda_jax import config as c
 from coda_jax.models.lora import LoRAConfig
-from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.quantizer import MAR_PATCH_SIZES, QuantizerConfig
 
 
 def get_config(arg: str = "full"):
@@ -14,9 +14,7 @@ def get_config(arg: str = "full"):
     tokenizer=c.TokenizerSettings(
       vae="checkpoints/mar_vae",
       lora=LoRAConfig(rank=32, name_parts=("conv1", "conv2", "upsample", "downsample")),
-      quantizer=QuantizerConfig(
-        codebook_size=16384, patch_sizes=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), beta=0.05
-      ),
+      quantizer=QuantizerConfig(codebook_size=16384, patch_sizes=MAR_PATCH_SIZES, beta=0.05),
       image_size=256,
     ),
     data=c.DataSettings(

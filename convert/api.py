@@ -13,7 +13,7 @@ import numpy as np
 from coda_jax import outputs, weights
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
-from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, QuantizerConfig
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
 from convert import coda, dino, files, flux_vae, lpips, mar_vae, pickle, rules, shapes
@@ -35,10 +35,8 @@ class _VAE:
   patch_sizes: tuple[int, ...]
 
 
-_MAR = _VAE((mar_vae.LAYOUT,), MAR_VAE, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
-_FLUX = _VAE(
-  (flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-)
+_MAR = _VAE((mar_vae.LAYOUT,), MAR_VAE, MAR_PATCH_SIZES)
+_FLUX = _VAE((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, FLUX_PATCH_SIZES)
 _FAMILIES = {"mar-vae": _MAR, "flux-vae": _FLUX, "coda-mar": _MAR, "coda-flux": _FLUX}
 LAYOUTS = (*_FAMILIES, "dino", "lpips")
 
@@ -273,7 +271,7 @@ def _read_dino(where: str, state: State) -> tuple[dict, dict[str, Entry]]:
 
 
 def _read_lpips(states: list[tuple[str, State]]) -> tuple[dict, dict[str, Entry]]:
-  from coda_jax.losses.perceptual import LPIPS
+  from coda_jax.models.lpips import LPIPS
 
   merged: dict[str, Any] = {}
   for where, state in states:

@@ -4,8 +4,8 @@ from flax import nnx
 
 import convert
 from coda_jax import weights
-from coda_jax.losses.adversarial import DinoDiscriminator
 from coda_jax.models.dino import DINO
+from coda_jax.models.discriminators import DinoDiscriminator
 
 _PLACES = {
   "0.0": "block1.conv",

@@ -8,7 +8,7 @@ from PIL import Image
 from coda_jax import cli, visualize, weights
 from coda_jax.errors import UserError
 from coda_jax.evaluation import reconstruction
-from coda_jax.losses.perceptual import LPIPS
+from coda_jax.models.lpips import LPIPS
 from tests import tiny
 
 

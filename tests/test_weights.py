@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import coda_jax
-from coda_jax import weights
+from coda_jax import arrays, weights
 from coda_jax.errors import UserError
 from tests import tiny
 
@@ -25,8 +25,8 @@ def edit(saved, **change):
 def test_round_trip_is_exact(saved):
   tok = coda_jax.load_tokenizer(saved)
   assert tok.config == tiny.TOKENIZER
-  for key, value in weights.flat_params(tiny.tokenizer()).items():
-    np.testing.assert_array_equal(weights.flat_params(tok)[key][...], value[...])
+  for key, value in arrays.of(tiny.tokenizer()).items():
+    np.testing.assert_array_equal(arrays.of(tok)[key], value)
 
 
 def test_vae_is_saved_with_adapters_folded_in(tmp_path):
@@ -36,7 +36,7 @@ def test_vae_is_saved_with_adapters_folded_in(tmp_path):
   plain = coda_jax.load_vae(tmp_path / "vae")
   one, other = tiny.decode(plain, z), tiny.decode(vae, z)
   np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
-  assert any("lora" in k for k in weights.flat_params(vae)), "the saved model itself is untouched"
+  assert any("lora" in k for k in arrays.of(vae)), "the saved model itself is untouched"
 
 
 def test_fingerprint_follows_what_decides_ids_and_pixels():

@@ -22,9 +22,9 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from coda_jax import weights
+from coda_jax import arrays, weights
 from coda_jax.evaluation.image_quality import psnr, to_uint8
-from coda_jax.losses.perceptual import LPIPS, load_lpips
+from coda_jax.models.lpips import LPIPS, load_lpips
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
 from convert import mar_vae, rules, vae_to_flat
 from tools.make_photos import PHOTOS, load_photos, read_table, shrink
@@ -47,13 +47,15 @@ def new_vae(seed: int) -> AutoencoderKL:
   The second convolution of every block is zero, the others keep their input's variance.
   """
   vae = AutoencoderKL(CONFIG, rngs=nnx.Rngs(seed))
-  for key, value in weights.flat_params(vae).items():
+  flat = arrays.of(vae)
+  for key, value in flat.items():
     if key.endswith(".conv2.kernel") or key.endswith(".proj_out.kernel"):
-      value[...] = jnp.zeros_like(value[...])
+      flat[key] = jnp.zeros_like(value)
     elif key.endswith(".kernel"):
-      value[...] = value[...] * np.sqrt(3)
+      flat[key] = value * np.sqrt(3)
     elif key == "quant_conv.bias":
-      value[...] = jnp.repeat(jnp.array([0.0, -6.0]), CONFIG.z_channels)
+      flat[key] = jnp.repeat(jnp.array([0.0, -6.0]), CONFIG.z_channels)
+  weights.set_params(vae, flat)
   return vae
 
 
@@ -98,10 +100,10 @@ def val_crops() -> np.ndarray:
 
 def to_mar(vae: AutoencoderKL) -> dict[str, np.ndarray]:
   """Its weights with MAR's keys and layouts, float16."""
-  flat = weights.flat_params(vae)
+  flat = arrays.of(vae)
   names = rules.names_in(mar_vae.LAYOUT, list(flat))
   return {
-    theirs: np.ascontiguousarray(transform.to_theirs(np.asarray(flat[ours][...], np.float16)))
+    theirs: np.ascontiguousarray(transform.to_theirs(np.asarray(flat[ours], np.float16)))
     for ours, (theirs, transform) in names.items()
   }
 

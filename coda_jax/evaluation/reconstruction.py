@@ -6,8 +6,6 @@ arrays, for use under `jax.jit`; `jit_module` does that for callers without a st
 """
 
 import dataclasses
-import functools
-import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,35 +14,14 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from coda_jax import weights
-from coda_jax.errors import UserError
+from coda_jax import arrays, weights
+from coda_jax.arrays import jit_module
 from coda_jax.evaluation.codebook import CodebookUsage
 from coda_jax.evaluation.image_quality import psnr, ssim, to_uint8
-from coda_jax.losses.perceptual import LPIPS, load_lpips, lpips_from_package
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.models.vae import AutoencoderKL
 from coda_jax.ops.resize import area_resize, bicubic_resize
-
-
-def jit_module(fn: Callable) -> Callable:
-  """`jit_module(fn)(module)` is `fn(module, *arrays)` as a compiled function of the arrays.
-
-  It is compiled once per module structure and array shapes, whatever the module's parameters,
-  which are those that it has when it is bound: taking a module apart costs more than small calls.
-  """
-
-  @functools.cache
-  def compiled(graphdef, treedef):
-    return jax.jit(
-      lambda leaves, *arrays: fn(nnx.merge(graphdef, treedef.unflatten(leaves)), *arrays)
-    )
-
-  def bind(module: nnx.Module) -> Callable:
-    graphdef, state = nnx.split(module)
-    leaves, treedef = jax.tree.flatten(state)
-    return functools.partial(compiled(graphdef, treedef), leaves)
-
-  return bind
 
 
 @struct.dataclass
@@ -280,8 +257,8 @@ def frozen_vae(tokenizer: Tokenizer) -> AutoencoderKL:
   """The continuous VAE that a tokenizer was adapted from: its own, without the adapters."""
   config, dtype = tokenizer.config.vae, tokenizer.vae.dtype
   make = lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-  own = weights.flat_params(tokenizer.vae)
-  kept = {k: own[k][...] for k in weights.expected_shapes(make)}
+  own = arrays.of(tokenizer.vae)
+  kept = {k: own[k] for k in weights.expected_shapes(make)}
   return weights.build(make, kept, "the tokenizer's VAE")
 
 
@@ -295,16 +272,6 @@ def in_batches(
     rows = np.arange(start, start + size)
     out.append((images[np.minimum(rows, len(images) - 1)], rows < len(images)))
   return out
-
-
-def find_lpips(path: str | os.PathLike | None) -> tuple[LPIPS | None, str]:
-  """LPIPS from the directory `path`, by default from the installed package; or None and why."""
-  if path:
-    return load_lpips(path), ""
-  try:
-    return lpips_from_package(), ""
-  except UserError as e:
-    return None, f"LPIPS is left out: {e}"
 
 
 class LPIPSDistance:

@@ -14,19 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from coda_jax import weights
+from coda_jax.arrays import jit_module
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation import frechet
 from coda_jax.evaluation.image_quality import to_uint8
-from coda_jax.evaluation.reconstruction import in_batches, jit_module
+from coda_jax.evaluation.reconstruction import in_batches
 from coda_jax.generation.generator import Generator
-from coda_jax.losses.perceptual import LPIPS, load_lpips, lpips_from_package, pooled_features
+from coda_jax.models.lpips import LPIPS, pooled_features
 
 Features = Mapping[str, np.ndarray]  # [N, D] by network
 
 
 def _vgg(path: str | None) -> LPIPS:
-  return load_lpips(path) if path else lpips_from_package()
+  return weights.load_lpips(path) if path else weights.lpips_from_package()
 
 
 _vgg_features = jit_module(lambda lpips, images: pooled_features(lpips.features(images)))

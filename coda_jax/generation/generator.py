@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from coda_jax import weights
+from coda_jax.arrays import jit_module
 from coda_jax.errors import UserError
-from coda_jax.evaluation.reconstruction import jit_module
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
 from coda_jax.models.tokenizer import Tokenizer

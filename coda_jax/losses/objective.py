@@ -22,7 +22,7 @@ from coda_jax.errors import UserError
 from coda_jax.functional import Arrays, Functional, arrays_of, part
 from coda_jax.losses.adversarial import DISCRIMINATOR_LOSSES, generator_loss
 from coda_jax.losses.augmentation import diff_augment, fade_blur
-from coda_jax.losses.perceptual import LPIPS
+from coda_jax.models.lpips import LPIPS
 from coda_jax.ops.recompute import after
 
 Images = Float[Array, "b h w 3"]
@@ -237,7 +237,7 @@ class Objective:
       blur: strength of the fading blur, if it is on.
     """
     losses, adversary = self._losses, self._adversary
-    lpips = self._lpips.module(frozen["lpips"]) if losses.perceptual else None
+    lpips = self._lpips.module(frozen["lpips"]) if models.lpips else None
 
     def tokenizer(params):
       return self._tokenizer.module(frozen["tokenizer"], params)

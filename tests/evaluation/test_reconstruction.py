@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax import weights
+from coda_jax import arrays
 from coda_jax.data.pipeline import normalize
 from coda_jax.evaluation import reconstruction as rec
 from coda_jax.evaluation.image_quality import psnr, ssim, to_uint8
@@ -65,9 +65,9 @@ def test_metrics_of_padded_batches(tokenizer):
 
 def test_frozen_vae_leaves_the_adapters_out(tokenizer):
   vae = rec.frozen_vae(tokenizer)
-  own, adapted = weights.flat_params(vae), weights.flat_params(tokenizer.vae)
+  own, adapted = arrays.of(vae), arrays.of(tokenizer.vae)
   assert set(own) == {k for k in adapted if "lora" not in k}
-  assert all(np.array_equal(own[k][...], adapted[k][...]) for k in own)
+  assert all(np.array_equal(own[k], adapted[k]) for k in own)
   assert vae.encoder.down[0].block[0].conv1.rank == 0
 
 

@@ -12,7 +12,6 @@ from coda_jax import weights
 from coda_jax.config import AdversarialSettings, LossSettings
 from coda_jax.errors import UserError
 from coda_jax.functional import part, take_apart
-from coda_jax.losses.adversarial import Discriminator
 from coda_jax.losses.objective import (
   Adversary,
   Objective,
@@ -20,6 +19,7 @@ from coda_jax.losses.objective import (
   adaptive_weight,
   reconstruction_loss,
 )
+from coda_jax.models.discriminators import Discriminator
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from tests import tiny

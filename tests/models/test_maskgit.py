@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from coda_jax import weights
+from coda_jax import arrays
 from coda_jax.errors import UserError
 from coda_jax.models.maskgit import Codes, MaskGIT, MaskGITConfig
 
@@ -44,7 +44,7 @@ def call():
 
 
 def count(config):
-  flat = weights.flat_params(nnx.eval_shape(lambda: MaskGIT(config, rngs=nnx.Rngs(0))))
+  flat = arrays.of(nnx.eval_shape(lambda: MaskGIT(config, rngs=nnx.Rngs(0))))
   return sum(v.size for v in flat.values() if not isinstance(v, Codes))
 
 

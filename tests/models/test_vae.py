@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from coda_jax import weights
+from coda_jax import arrays, weights
 from coda_jax.errors import UserError
 from coda_jax.functional import take_apart
 from coda_jax.models import lora as lora_module
@@ -64,7 +64,7 @@ def test_merged_adapters_give_equal_output():
   z = tiny.encode(vae, images).mean
   before = z, tiny.decode(vae, z)
   merge_lora(vae)
-  assert not any("lora" in k for k in weights.flat_params(vae))
+  assert not any("lora" in k for k in arrays.of(vae))
   after = tiny.encode(vae, images).mean, tiny.decode(vae, z)
   for a, b in zip(before, after, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max())

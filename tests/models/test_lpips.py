@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 import convert
 from coda_jax import weights
 from coda_jax.errors import UserError
-from coda_jax.losses.perceptual import LPIPS, load_lpips, lpips_from_package, pooled_features
 from coda_jax.models import vgg
+from coda_jax.models.lpips import LPIPS, load_lpips, lpips_from_package, pooled_features
 from tests.conftest import assert_close
 from tests.losses.gates import Recorded, nearest_gradient
 
