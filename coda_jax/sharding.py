@@ -70,6 +70,40 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     raise UserError(f"{name} is {size} images; the mesh splits it over {shards} devices evenly")
 
 
+class GlobalBatches:
+  """Iterator over the global batches of which every process reads its own part.
+
+  Args:
+    local: iterator over this process's part, trees of NumPy arrays [b, ...], with `close`.
+    mesh: batches are split over its batch axes.
+    accumulation: micro-batches of a batch; arrays become [accumulation, B / accumulation, ...].
+    pick: the part of a local batch that goes to the devices; all of it by default.
+  """
+
+  def __init__(self, local, mesh: Mesh, accumulation: int = 1, pick=lambda batch: batch):
+    self._local, self._accumulation, self._pick = local, accumulation, pick
+    self._sharding = batch_sharding(mesh, leading=1)
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    def place(x):
+      x = x.reshape(self._accumulation, -1, *x.shape[1:])
+      return to_global(x, self._sharding, axis=1)
+
+    return jax.tree.map(place, self._pick(next(self._local)))
+
+  def close(self) -> None:
+    """Stops the threads and workers that read."""
+    self._local.close()
+
+
+def gather(tree, mesh: Mesh):
+  """The arrays of `tree` in full on every device; a collective."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
 def to_global(local: np.ndarray, sharding: NamedSharding, axis: int = 0) -> jax.Array:
   """The global array of which every process gives its part along `axis`."""
   shape = list(local.shape)

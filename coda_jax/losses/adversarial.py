@@ -1,4 +1,4 @@
-"""Adversarial losses: functions of a discriminator's logits."""
+"""Adversarial losses, functions of a discriminator's logits, and the weight of their term."""
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +23,9 @@ def vanilla_loss(real: Logits, fake: Logits) -> Float[Scalar, ""]:
 
 
 DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
+
+
+def adaptive_weight(nll_gradient: Array, g_gradient: Array) -> Float[Scalar, ""]:
+  """clip(|∇nll| / (|∇g| + 1e-6), 0, 1e4), Euclidean norms (VQGAN, arXiv 2012.09841, Eq. 7)."""
+  norms = [jnp.linalg.norm(x.astype(jnp.float32).ravel()) for x in (nll_gradient, g_gradient)]
+  return jnp.clip(norms[0] / (norms[1] + 1e-6), 0.0, 1e4)

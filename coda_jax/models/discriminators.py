@@ -26,6 +26,10 @@ class PowerIteration(nnx.Variable):
   """Singular vectors that spectral normalisation carries from call to call."""
 
 
+# Variables that every call with `train=True` changes.
+CHANGED = nnx.Any(PowerIteration, nnx.BatchStat)
+
+
 def _unit(x):
   return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 

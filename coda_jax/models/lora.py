@@ -1,4 +1,4 @@
-"""Convolutions that carry a LoRA adapter, and the rule for which of them do.
+"""LoRA adapters on the convolutions of a finished VAE.
 
 Adapter (paper section 4, official `lora.py`): a convolution of the same kernel, stride and
 padding down to `rank` channels, then a 1x1 convolution up, added to the frozen one's output.
@@ -7,7 +7,6 @@ No bias, no alpha.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
-from coda_jax.ops.platform import platform
-from coda_jax.ops.recompute import after
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from coda_jax.models.vae import AutoencoderKL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,130 +37,107 @@ class LoRAConfig:
     if self.rank < 1:
       raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
 
-  def rank_for(self, path: str) -> int:
-    """Rank of the adapter of the convolution at `path` (as `encoder.down.0…`), 0 for none."""
+  def adapts(self, path: str) -> bool:
+    """Whether the convolution at `path` (as `encoder.down.0.block.0.conv1`) gets an adapter."""
     half, _, name = path.partition(".")
     adapted = {"encoder": self.encoder, "decoder": self.decoder}.get(half, False)
-    return self.rank if adapted and any(part in name for part in self.name_parts) else 0
+    return adapted and any(part in name for part in self.name_parts)
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+def _convolve(conv: tuple, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Convolution of NHWC by HWIO in the type of x; `conv` is (strides, padding)."""
   return jax.lax.conv_general_dilated(
-    x,
-    kernel.astype(x.dtype),
-    (stride, stride),
-    padding,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    x, kernel.astype(x.dtype), *conv, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
 
 
-def _delta(down: jax.Array, up: jax.Array) -> jax.Array:
-  """What the adapter adds to the kernel."""
-  return jnp.einsum("hwir,ro->hwio", down, up[0, 0], precision="highest")
+def _merged(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
+  """The kernel with the adapter in it, float32."""
+  return kernel + jnp.einsum("hwir,ro->hwio", down, up[0, 0], precision="highest")
 
 
-def _point(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return _convolve(x, kernel, 1, ((0, 0), (0, 0)))
+# The adapter is in the kernel forward, and in the gradient of x: neither pass holds an output of
+# the adapter, as large as an image. The adapter's own gradients are those of two convolutions
+# beside the frozen one, since that of the whole kernel takes more products.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted(conv, x, kernel, down, up):
+  return _convolve(conv, x, _merged(kernel, down, up))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _adapted(stride, padding, x, kernel, down, up):
-  """Convolution with the adapter in the kernel, and the gradient of one beside it.
-
-  One large image less in either direction than two convolutions and their sum, and no gradient of
-  the whole kernel unless it trains.
-  """
-  return _convolve(x, kernel + _delta(*after(x, (down, up))), stride, padding)
+def _adapted_forward(conv, x, kernel, down, up):
+  return _adapted(conv, x, kernel, down, up), (x, kernel, down, up)
 
 
-def _adapted_bwd(stride, padding, kept, dy):
-  x, kernel, down, up = kept
-  y, to_down = jax.vjp(lambda down: _convolve(x, down, stride, padding), down)
-  (d_down,) = to_down(_point(dy, up.swapaxes(2, 3)))
-  d_up = jnp.matmul(y.reshape(-1, y.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))[None, None]
-  # Last, so that what the adapter's gradients take is not held beside the image's.
-  kernel = after((d_down, d_up), kernel + _delta(down, up))
-  (d_kernel,) = jax.vjp(lambda k: _convolve(x, k, stride, padding), kernel)[1](dy)
-  return _input_gradient(dy, kernel, stride, padding, x), d_kernel, d_down, d_up
+def _adapted_backward(conv, saved, dy):
+  x, kernel, down, up = saved
+  hidden, pull_down = jax.vjp(lambda down: _convolve(conv, x, down), down)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  d_up = dot("bpqr,bpqo->ro", hidden, dy)[None, None]
+  (d_down,) = pull_down(dot("bpqo,ro->bpqr", dy, up[0, 0].astype(dy.dtype)).astype(dy.dtype))
+  merged = _merged(kernel, down, up)
+  _, pull = jax.vjp(functools.partial(_convolve, conv), x, merged)
+  dx, d_kernel = pull(dy)  # d_kernel is dead code unless the kernel itself trains
+  return dx, d_kernel, d_down, d_up
 
 
-def _input_gradient(dy, kernel, stride: int, padding: Padding, x) -> jax.Array:
-  """dx of `_convolve`; at strides a quarter at a time: XLA:CPU holds all patches of dx there."""
-  parts = []
-  for part in jnp.split(kernel, math.gcd(kernel.shape[2], 4) if stride > 1 else 1, axis=2):
-    part = after(parts or dy, part)
-    like = jax.ShapeDtypeStruct((*x.shape[:3], part.shape[2]), x.dtype)
-    parts += jax.linear_transpose(lambda x, k=part: _convolve(x, k, stride, padding), like)(dy)
-  return jnp.concatenate(parts, 3)
+_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
-_adapted.defvjp(
-  lambda stride, padding, *args: (_adapted(stride, padding, *args), args), _adapted_bwd
-)
+class LoRAConv(nnx.Module):
+  """A convolution with an adapter.
 
-
-class Conv(nnx.Module):
-  """2D convolution, NHWC, with an optional LoRA adapter.
-
-  Parameters: `kernel` [kh, kw, in, out], `bias` [out]; with an adapter also
-  `lora_down` [kh, kw, in, rank] (normal, std 1/rank) and `lora_up` [1, 1, rank, out] (zeros).
-
-  With `fold` the adapter is added to the kernel, in float32, before the convolution. That is the
-  same function with more products in the backward pass (a gradient of the whole kernel) and far
-  less memory traffic: nothing of the adapter's is as large as an image.
+  Parameters: `kernel` [kh, kw, in, out] and `bias` [out] of the adapted convolution,
+  `lora_down` [kh, kw, in, rank] (normal, std 1/rank), `lora_up` [1, 1, rank, out] (zeros).
   """
 
-  def __init__(
-    self,
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int = 3,
-    *,
-    stride: int = 1,
-    padding: Padding | None = None,
-    rank: int = 0,
-    fold: bool = False,
-    rngs: nnx.Rngs,
-  ):
-    same = (kernel_size // 2, kernel_size // 2)
-    self.stride, self.padding, self.fold = stride, padding or (same, same), fold
-    shape = (kernel_size, kernel_size, in_channels)
-    bound = 1 / math.sqrt(math.prod(shape))  # PyTorch's default initialisation
-
-    def uniform(size):
-      return jax.random.uniform(rngs.params(), size, minval=-bound, maxval=bound)
-
-    self.kernel = nnx.Param(uniform((*shape, out_channels)))
-    self.bias = nnx.Param(uniform((out_channels,)))
-    if rank:
-      self.lora_down = nnx.LoRAParam(jax.random.normal(rngs.params(), (*shape, rank)) / rank)
-      self.lora_up = nnx.LoRAParam(jnp.zeros((1, 1, rank, out_channels)))
-    self.rank = rank
+  def __init__(self, base: nnx.Conv, rank: int, *, rngs: nnx.Rngs):
+    self.kernel, self.bias = base.kernel, base.bias
+    self.strides, self.padding, self.dtype = base.strides, base.padding, base.dtype
+    *window, out = self.kernel.shape
+    self.lora_down = nnx.LoRAParam(jax.random.normal(rngs.params(), (*window, rank)) / rank)
+    self.lora_up = nnx.LoRAParam(jnp.zeros((1, 1, rank, out)))
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
-    kernel, window = self.kernel[...], (self.stride, self.padding)
-    if not self.rank:
-      y = _convolve(x, kernel, *window)
-    else:
-      down, up = self.lora_down[...], self.lora_up[...]
-      if self.fold:
-        y = _convolve(x, kernel + _delta(down, up), *window)
-      elif platform() == "cpu" and x.dtype == jnp.float32:
-        y = _adapted(*window, x, kernel, down, up)
-      else:
-        y = _convolve(x, kernel, *window) + _point(_convolve(x, down, *window), up)
+    x, adapter = x.astype(self.dtype), (self.lora_down[...], self.lora_up[...])
+    y = _adapted((self.strides, self.padding), x, self.kernel[...], *adapter)
     return y + self.bias[...].astype(x.dtype)
 
-  def merge(self) -> None:
-    """Folds the adapter into `kernel`, with equal output, and drops it."""
-    if self.rank:
-      self.kernel[...] = self.kernel[...] + _delta(self.lora_down[...], self.lora_up[...])
-      del self.lora_down, self.lora_up
-      self.rank = 0
+  def merged(self) -> nnx.Conv:
+    """The convolution with the adapter in its kernel; its output is equal."""
+    *size, cin, cout = self.kernel.shape
+    kernel = _merged(self.kernel[...], self.lora_down[...], self.lora_up[...])
+    return nnx.Conv(
+      cin,
+      cout,
+      size,
+      self.strides,
+      padding=self.padding,
+      dtype=self.dtype,
+      kernel_init=lambda *_: kernel,
+      bias_init=lambda *_: self.bias[...],
+      rngs=nnx.Rngs(0),
+    )
+
+
+def _replace(module: nnx.Module, kind: type, make) -> None:
+  """Replaces every submodule of this kind by `make(path, submodule)`, in place."""
+  for path, node in list(nnx.iter_modules(module)):
+    if type(node) is kind:
+      parent = functools.reduce(
+        lambda m, part: m[part] if isinstance(part, int) else getattr(m, part), path[:-1], module
+      )
+      setattr(parent, path[-1], make(".".join(map(str, path)), node))
+
+
+def add_lora(vae: AutoencoderKL, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
+  """Adds an adapter to every convolution that the config names, in place."""
+
+  def adapted(path, conv):
+    return LoRAConv(conv, config.rank, rngs=rngs) if config.adapts(path) else conv
+
+  _replace(vae, nnx.Conv, adapted)
 
 
 def merge_lora(module: nnx.Module) -> None:
-  """Folds every adapter below `module` into the weights it adapts, in place."""
-  for _, node in nnx.iter_graph(module):
-    if isinstance(node, Conv):
-      node.merge()
+  """Merges every adapter below `module` into the kernel that it adapts, in place."""
+  _replace(module, LoRAConv, lambda _, conv: conv.merged())

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.lora import LoRAConfig
+from coda_jax.models.lora import LoRAConfig, add_lora
 from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -47,7 +47,7 @@ class TokenizerConfig:
 class Tokenizer(nnx.Module):
   """Images to lists of ids, coarse to fine, and back.
 
-  `dtype`, `fold` and `remat` are how the VAE computes (see `AutoencoderKL`), not what.
+  `dtype` and `remat` are those of `AutoencoderKL`: how the VAE computes.
   """
 
   def __init__(
@@ -55,14 +55,13 @@ class Tokenizer(nnx.Module):
     config: TokenizerConfig,
     *,
     dtype: DTypeLike = jnp.float32,
-    fold: bool = False,
-    remat: str = "none",
+    remat: bool = False,
     rngs: nnx.Rngs,
   ):
     self.config = config
-    self.vae = AutoencoderKL(
-      config.vae, lora=config.lora, dtype=dtype, fold=fold, remat=remat, rngs=rngs
-    )
+    self.vae = AutoencoderKL(config.vae, dtype=dtype, remat=remat, rngs=rngs)
+    if config.lora is not None:
+      add_lora(self.vae, config.lora, rngs=rngs)
     self.quantizer = ResidualQuantizer(config.quantizer, rngs=rngs)
 
   def latents(

@@ -1,14 +1,12 @@
 """The KL autoencoder of latent diffusion; MAR's KL-16 and FLUX's VAE are two configs of it.
 
-Attribute names are LDM's (`encoder.down.0.block.0.conv1`); what other libraries call the same
-layers is known to `convert` only. Source: design of LDM's `AutoencoderKL`, as MAR and FLUX
-publish it.
+Attribute names are LDM's (`encoder.down.0.block.0.conv1`); only `convert` knows other names. Adapters are added by `models.lora.add_lora`. Source: LDM's
+`AutoencoderKL` (arXiv 2112.10752), as MAR and FLUX publish it.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
-from coda_jax.models.lora import Conv, LoRAConfig
-from coda_jax.ops.group_norm import group_norm
-from coda_jax.ops.platform import platform
-from coda_jax.ops.recompute import after, compute_once, recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,50 +88,75 @@ class Posterior:
 
 
 class GroupNorm(nnx.Module):
-  """Group normalisation, with swish behind it where asked (see `ops.group_norm`)."""
+  """Group normalisation, eps 1e-6, with statistics in float32 and the result in the type of x.
+
+  Both moments are taken in one sweep over x, of the distances d to one element of each group:
+  far from 0, E[d²] − E[d]² keeps the digits that E[x²] − E[x]² (`nnx.GroupNorm`) loses. Sums run
+  over positions first, so that channels stay along the last axis.
+  """
 
   def __init__(self, channels: int, groups: int):
     self.groups = groups
     self.scale = nnx.Param(jnp.ones(channels))
     self.bias = nnx.Param(jnp.zeros(channels))
 
-  def __call__(self, x: Float[Array, "b h w c"], *, swish: bool = False) -> Float[Array, "b h w c"]:
-    return group_norm(x, self.scale[...], self.bias[...], groups=self.groups, swish=swish)
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def of_group(f, y):
+      grouped = y.reshape(len(y), 1, 1, self.groups, -1)
+      return jnp.broadcast_to(f(grouped), grouped.shape).reshape(y.shape)
+
+    def mean(y):
+      return of_group(lambda g: g.mean(-1, keepdims=True), y.mean((1, 2), keepdims=True))
+
+    y = x.astype(jnp.float32)
+    distance = y - jax.lax.stop_gradient(of_group(lambda g: g[..., :1], y[:, :1, :1]))
+    centre = mean(distance)
+    variance = jnp.maximum(mean(jnp.square(distance)) - jnp.square(centre), 0.0)
+    factor = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]
+    return (distance * factor + (self.bias[...] - centre * factor)).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+  """Makes the layers of one autoencoder."""
+
+  groups: int
+  dtype: DTypeLike
+  remat: bool
+  rngs: nnx.Rngs
+
+  def norm(self, channels: int) -> GroupNorm:
+    return GroupNorm(channels, self.groups)
+
+  def conv(self, cin: int, cout: int, size: int = 3, **kwargs) -> nnx.Conv:
+    kwargs = {"strides": (1, 1), "padding": ((size // 2, size // 2),) * 2} | kwargs
+    return nnx.Conv(cin, cout, (size, size), dtype=self.dtype, rngs=self.rngs, **kwargs)
 
 
 class ResBlock(nnx.Module):
   """x + conv2(swish(norm2(conv1(swish(norm1(x)))))), 1x1 `nin_shortcut` where channels change."""
 
-  def __init__(self, cin: int, cout: int, path: str, make: "_Maker"):
-    self.norm1 = make.norm(cin)
-    self.conv1 = make.conv(cin, cout, f"{path}.conv1")
-    self.norm2 = make.norm(cout)
-    self.conv2 = make.conv(cout, cout, f"{path}.conv2")
-    if cin != cout:
-      self.nin_shortcut = make.conv(cin, cout, f"{path}.nin_shortcut", kernel_size=1)
-    self.path = path
+  def __init__(self, cin: int, cout: int, layers: _Layers):
+    self.norm1, self.conv1 = layers.norm(cin), layers.conv(cin, cout)
+    self.norm2, self.conv2 = layers.norm(cout), layers.conv(cout, cout)
+    self.nin_shortcut = layers.conv(cin, cout, 1) if cin != cout else None
+    self.remat = layers.remat
 
-  def steps(self) -> list[tuple[str, Callable]]:
-    """The block cut behind each adapted convolution; see `Decoder.run`."""
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    return jax.checkpoint(self._forward)(x) if self.remat else self._forward(x)
 
-    def first(x):
-      return x, self.conv1(self.norm1(x, swish=True))
-
-    def second(carry):
-      x, h = carry
-      shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-      return shortcut + self.conv2(self.norm2(h, swish=True))
-
-    return [(f"{self.path}.conv1", first), (f"{self.path}.conv2", second)]
+  def _forward(self, x):
+    h = self.conv1(nnx.swish(self.norm1(x)))
+    h = self.conv2(nnx.swish(self.norm2(h)))
+    return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 
 
 class AttnBlock(nnx.Module):
   """Single-head self-attention over all positions, residual."""
 
-  def __init__(self, channels: int, path: str, make: "_Maker"):
-    self.norm = make.norm(channels)
-    for name in ("q", "k", "v", "proj_out"):
-      setattr(self, name, make.conv(channels, channels, f"{path}.{name}", kernel_size=1))
+  def __init__(self, channels: int, layers: _Layers):
+    self.norm = layers.norm(channels)
+    self.q, self.k, self.v, self.proj_out = (layers.conv(channels, channels, 1) for _ in range(4))
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     b, h, w, c = x.shape
@@ -149,202 +168,113 @@ class AttnBlock(nnx.Module):
 class Downsample(nnx.Module):
   """Stride-2 convolution, padded by one below and to the right."""
 
-  def __init__(self, channels: int, path: str, make: "_Maker"):
-    self.conv = make.conv(channels, channels, f"{path}.conv", stride=2, padding=((0, 1), (0, 1)))
+  def __init__(self, channels: int, layers: _Layers):
+    self.conv = layers.conv(channels, channels, strides=(2, 2), padding=((0, 1), (0, 1)))
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
-    # Late in the backward pass, as the kernel is there (see `recompute`); so in `Upsample`.
-    return self.conv(after(self.conv.kernel[...], x))
+    return self.conv(x)
 
 
 class Upsample(nnx.Module):
   """Nearest-neighbour doubling, then a convolution."""
 
-  def __init__(self, channels: int, path: str, make: "_Maker"):
-    self.conv = make.conv(channels, channels, f"{path}.conv")
+  def __init__(self, channels: int, layers: _Layers):
+    self.conv = layers.conv(channels, channels)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     b, h, w, c = x.shape
-    x = after(self.conv.kernel[...], x)  # or what is held is the doubled x
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return self.conv(x.reshape(b, 2 * h, 2 * w, c))
-
-
-# What the backward pass computes anew: nothing by name (the compiler decides), what lies between
-# convolutions, everything within a residual block, or "blocks" on CPUs and "none" elsewhere.
-REMAT = ("none", "convs", "blocks", "auto")
-
-
-def _run(layers: Sequence[Sequence[Callable]], carry, remat: str):
-  """Runs layers, each cut into steps, one after the other."""
-  if remat == "auto":
-    remat = "blocks" if platform() == "cpu" else "none"
-  for layer in layers:
-    layer = [functools.partial(_held_once, step) for step in layer]
-    # On CPUs a block's steps, too, so that one's activations go before the next one's come.
-    by_step = remat == "convs" or (remat == "blocks" and platform() == "cpu")
-    if by_step:
-      layer = list(map(recompute, layer))
-
-    def whole(carry, steps=layer):
-      for step in steps:
-        carry = step(carry)
-      return carry
-
-    if remat == "blocks" and not (by_step and len(layer) == 1):
-      whole = recompute(whole)
-    carry = whole(carry)
-  return carry
-
-
-def _held_once(step: Callable, carry):
-  """A step, of whose result not the convolution and its bias or residual are held, but the sum."""
-  *passed, last = jax.tree.leaves(out := step(carry))
-  return jax.tree.unflatten(jax.tree.structure(out), [*passed, compute_once(last)])
-
-
-@dataclasses.dataclass
-class _Maker:
-  """Makes the layers of one autoencoder: knows the norm's groups and who gets an adapter."""
-
-  groups: int
-  lora: LoRAConfig | None
-  rngs: nnx.Rngs
-  fold: bool = False
-
-  def norm(self, channels: int) -> GroupNorm:
-    return GroupNorm(channels, self.groups)
-
-  def conv(self, cin: int, cout: int, path: str, kernel_size: int = 3, **kwargs) -> Conv:
-    rank = self.lora.rank_for(path) if self.lora else 0
-    return Conv(cin, cout, kernel_size, rank=rank, fold=self.fold, rngs=self.rngs, **kwargs)
 
 
 class Middle(nnx.Module):
   """Block, attention, block at the lowest resolution."""
 
-  def __init__(self, channels: int, path: str, make: _Maker):
-    self.block_1 = ResBlock(channels, channels, f"{path}.block_1", make)
-    self.attn_1 = AttnBlock(channels, f"{path}.attn_1", make)
-    self.block_2 = ResBlock(channels, channels, f"{path}.block_2", make)
+  def __init__(self, channels: int, layers: _Layers):
+    self.block_1 = ResBlock(channels, channels, layers)
+    self.attn_1 = AttnBlock(channels, layers)
+    self.block_2 = ResBlock(channels, channels, layers)
+
+  def named_layers(self) -> list[tuple[str, Callable]]:
+    return [(name, getattr(self, name)) for name in ("block_1", "attn_1", "block_2")]
 
 
 class Level(nnx.Module):
   """The blocks of one resolution, with attention after each where asked, and its resampling."""
 
-  def __init__(self, cin: int, cout: int, blocks: int, attention: bool, path: str, make: _Maker):
-    self.block = nnx.List(
-      [ResBlock(cin if i == 0 else cout, cout, f"{path}.block.{i}", make) for i in range(blocks)]
-    )
+  def __init__(self, cin: int, cout: int, blocks: int, attention: bool, layers: _Layers):
+    widths = [cin] + [cout] * blocks
+    self.block = nnx.List([ResBlock(*io, layers) for io in itertools.pairwise(widths)])
     if attention:
-      self.attn = nnx.List([AttnBlock(cout, f"{path}.attn.{i}", make) for i in range(blocks)])
+      self.attn = nnx.List([AttnBlock(cout, layers) for _ in range(blocks)])
 
-  def layers(self) -> list[nnx.Module]:
-    attn = list(self.attn) if hasattr(self, "attn") else [None] * len(self.block)
-    return [m for pair in zip(self.block, attn, strict=True) for m in pair if m is not None]
+  def named_layers(self) -> list[tuple[str, Callable]]:
+    """Every layer in order, by its path below the level."""
+    named = []
+    for i, block in enumerate(self.block):
+      named.append((f"block.{i}", block))
+      if hasattr(self, "attn"):
+        named.append((f"attn.{i}", self.attn[i]))
+    resample = [name for name in ("downsample", "upsample") if hasattr(self, name)]
+    return named + [(name, getattr(self, name)) for name in resample]
 
 
 class Encoder(nnx.Module):
   """Images to posterior moments before `quant_conv`."""
 
-  def __init__(self, config: VAEConfig, make: _Maker, remat: str = "none"):
+  def __init__(self, config: VAEConfig, layers: _Layers):
     widths = [config.ch * m for m in config.ch_mult]
-    self.remat = remat
-    self.conv_in = make.conv(3, config.ch, "encoder.conv_in")
+    self.conv_in = layers.conv(3, config.ch)
     self.down = nnx.List([])
-    for i, (cin, cout) in enumerate(zip([config.ch, *widths], widths, strict=False)):
-      path = f"encoder.down.{i}"
-      attention = i in config.encoder_attn
-      level = Level(cin, cout, config.encoder_blocks, attention, path, make)
+    for i, io in enumerate(itertools.pairwise([config.ch, *widths])):
+      level = Level(*io, config.encoder_blocks, i in config.encoder_attn, layers)
       if i < len(widths) - 1:
-        level.downsample = Downsample(cout, f"{path}.downsample", make)
+        level.downsample = Downsample(widths[i], layers)
       self.down.append(level)
-    self.mid = Middle(widths[-1], "encoder.mid", make)
-    self.norm_out = make.norm(widths[-1])
-    self.conv_out = make.conv(widths[-1], 2 * config.z_channels, "encoder.conv_out")
-
-  def layers(self) -> list[list[Callable]]:
-    """Every layer up to `norm_out` as its steps.
-
-    `conv_in` and each downsample belong to the block beside them: what lies between is as large
-    as anything, and cheap to compute again.
-    """
-    layers = []
-    for level in self.down:
-      layers += [[module] for module in level.layers()]
-      if hasattr(level, "downsample"):
-        layers[-1].append(level.downsample)
-    layers[0].insert(0, self.conv_in)
-    layers += [[self.mid.block_1], [self.mid.attn_1], [self.mid.block_2]]
-    return [[step for module in layer for _, step in _steps_of(module)] for layer in layers]
+    self.mid = Middle(widths[-1], layers)
+    self.norm_out = layers.norm(widths[-1])
+    self.conv_out = layers.conv(widths[-1], 2 * config.z_channels)
 
   def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
-    x = _run(self.layers(), x, self.remat)
-    return self.conv_out(self.norm_out(x, swish=True))
-
-
-def _steps_of(layer: nnx.Module) -> list[tuple[str, Callable]]:
-  return layer.steps() if isinstance(layer, ResBlock) else [("", layer)]
+    x = self.conv_in(x)
+    for stage in (*self.down, self.mid):
+      for _, layer in stage.named_layers():
+        x = layer(x)
+    return self.conv_out(nnx.swish(self.norm_out(x)))
 
 
 class Decoder(nnx.Module):
   """Latents behind `post_quant_conv` to images. `up.0` is the full resolution, as in LDM."""
 
-  def __init__(self, config: VAEConfig, make: _Maker, remat: str = "none"):
+  def __init__(self, config: VAEConfig, layers: _Layers):
     widths = [config.ch * m for m in config.ch_mult]
-    self.remat = remat
-    self.conv_in = make.conv(config.z_channels, widths[-1], "decoder.conv_in")
-    self.mid = Middle(widths[-1], "decoder.mid", make)
-    up = []
-    cin = widths[-1]
-    for i in reversed(range(len(widths))):
-      path = f"decoder.up.{i}"
-      attention = i in config.decoder_attn
-      level = Level(cin, widths[i], config.decoder_blocks, attention, path, make)
+    self.conv_in = layers.conv(config.z_channels, widths[-1])
+    self.mid = Middle(widths[-1], layers)
+    self.up = nnx.List([])
+    for i, (cout, cin) in enumerate(itertools.pairwise([*widths, widths[-1]])):
+      level = Level(cin, cout, config.decoder_blocks, i in config.decoder_attn, layers)
       if i > 0:
-        level.upsample = Upsample(widths[i], f"{path}.upsample", make)
-      up.insert(0, level)
-      cin = widths[i]
-    self.up = nnx.List(up)
-    self.norm_out = make.norm(widths[0])
-    self.conv_out = make.conv(widths[0], 3, "decoder.conv_out")
+        level.upsample = Upsample(cout, layers)
+      self.up.append(level)
+    self.norm_out = layers.norm(widths[0])
+    self.conv_out = layers.conv(widths[0], 3)
 
-  def layers(self) -> list[list[tuple[str, Callable]]]:
-    """Every layer as its steps: (name of the adapted convolution it ends with or "", function)."""
-    out = [[("", self.conv_in)]]
-    for layer in (self.mid.block_1, self.mid.attn_1, self.mid.block_2):
-      out.append(_steps_of(layer))
-    for i in reversed(range(len(self.up))):
-      out += map(_steps_of, self.up[i].layers())
-      if i > 0:
-        out.append([(f"decoder.up.{i}.upsample.conv", self.up[i].upsample)])
-    out.append([("", lambda x: self.conv_out(self.norm_out(x, swish=True)))])
-    return out
+  def named_layers(self) -> list[tuple[str, Callable]]:
+    """Every layer in the order in which it runs, by its path below the decoder."""
+    stages = [("mid", self.mid)] + [(f"up.{i}", up) for i, up in reversed([*enumerate(self.up)])]
+    between = [(f"{s}.{name}", f) for s, stage in stages for name, f in stage.named_layers()]
+    last = [("norm_out", lambda x: nnx.swish(self.norm_out(x))), ("conv_out", self.conv_out)]
+    return [("conv_in", self.conv_in), *between, *last]
 
-  def steps(self) -> list[tuple[str, Callable]]:
-    """The steps of all layers, in order."""
-    return list(itertools.chain(*self.layers()))
-
-  def run(self, carry, start: int = 0, stop: int | None = None):
-    """Runs steps `start` to `stop`. Training cuts the decoder behind its adaptive layer with it.
-
-    The carry is an array, or (input, branch) inside a residual block.
-    """
-    layers, number = self.layers(), itertools.count()
-    wanted = range(sum(map(len, layers)))[start:stop]
-    chosen = [[step for _, step in layer if next(number) in wanted] for layer in layers]
-    return _run(chosen, carry, self.remat)
-
-  def step_index(self, name: str) -> int:
-    """Index of the step that ends with convolution `name`. Raises UserError with the candidates."""
-    names = [n for n, _ in self.steps()]
-    if not name or name not in names:
-      there = ", ".join(filter(None, names))
-      raise UserError(f"no adaptive layer {name!r}; the decoder has {there}")
-    return names.index(name)
-
-  def __call__(self, z: Float[Array, "b p q c"]) -> Float[Array, "b h w 3"]:
-    return self.run(z)
+  def __call__(
+    self, x: Float[Array, "b p q c"], start: str | None = None, stop: str | None = None
+  ) -> Float[Array, "b h w d"]:
+    """Runs the layers from `start` (the first by default) up to, without, `stop`."""
+    names, layers = zip(*self.named_layers(), strict=True)
+    first = names.index(start) if start else 0
+    for layer in layers[first : names.index(stop) if stop else None]:
+      x = layer(x)
+    return x
 
 
 class AutoencoderKL(nnx.Module):
@@ -352,30 +282,25 @@ class AutoencoderKL(nnx.Module):
 
   Args:
     config: its shape.
-    lora: adapters to add, or None.
     dtype: of the computation; parameters, moments and images stay float32.
-    fold: add adapters to the kernels instead of the outputs (see `Conv`).
-    remat: one of `REMAT`.
+    remat: rematerialise residual blocks in the backward pass instead of saving their activations.
   """
 
   def __init__(
     self,
     config: VAEConfig,
     *,
-    lora: LoRAConfig | None = None,
     dtype: DTypeLike = jnp.float32,
-    fold: bool = False,
-    remat: str = "none",
+    remat: bool = False,
     rngs: nnx.Rngs,
   ):
-    make = _Maker(config.norm_groups, lora, rngs, fold)
+    layers = _Layers(config.norm_groups, dtype, remat, rngs)
     self.config, self.dtype = config, dtype
-    self.encoder = Encoder(config, make, remat)
-    self.decoder = Decoder(config, make, remat)
+    self.encoder, self.decoder = Encoder(config, layers), Decoder(config, layers)
     if config.quant_conv:
       z = config.z_channels
-      self.quant_conv = make.conv(2 * z, 2 * z, "quant_conv", kernel_size=1)
-      self.post_quant_conv = make.conv(z, z, "post_quant_conv", kernel_size=1)
+      self.quant_conv = layers.conv(2 * z, 2 * z, 1)
+      self.post_quant_conv = layers.conv(z, z, 1)
 
   def encode(self, images: Float[Array, "b h w 3"]) -> Posterior:
     """Posterior of images in [-1, 1]. Raises UserError if the stride does not divide the size."""

@@ -1,0 +1,81 @@
+"""The loss of a MaskGIT on tokens of which some are masked (paper, section 4.1)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from coda_jax.config import MaskingSettings
+from coda_jax.models.maskgit import MaskGIT
+from coda_jax.ops.cross_entropy import cross_entropy
+
+
+def draw_mask(
+  key: PRNGKeyArray, settings: MaskingSettings, levels: np.ndarray, batch: int
+) -> Bool[Array, "{batch} n"]:
+  """Which tokens of each image are masked, at least one.
+
+  Args:
+    levels: int32 [N], the level of each position.
+  """
+  ratio_key, order_key = jax.random.split(key)
+  n = len(levels)
+  if settings.ratio == "beta":
+    ratio = jax.random.beta(ratio_key, settings.a, settings.b, (batch,))
+  else:
+    ratio = jnp.cos(math.pi / 2 * jax.random.uniform(ratio_key, (batch,)))
+  count = jnp.clip(jnp.ceil(ratio * n), 1, n).astype(jnp.int32)
+  score = jax.random.uniform(order_key, (batch, n))
+  if settings.order == "coarse_to_fine":
+    score += levels
+  rank = jnp.argsort(jnp.argsort(-score, 1), 1)  # 0 is the first to be masked
+  return rank < count[:, None]
+
+
+def masked_loss(
+  model: MaskGIT,
+  ids: Int[Array, "b n"],
+  labels: Int[Array, "b"],
+  key: PRNGKeyArray,
+  masking: MaskingSettings,
+  *,
+  label_smoothing: float = 0.0,
+  class_dropout: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, "3 levels"]]:
+  """(mean cross-entropy of the masked tokens, sums per level).
+
+  The mean weighs levels by `masking.level_balance`. The sums are those of masked tokens, of their
+  losses without that weight, and of right guesses.
+
+  Args:
+    ids: codes of all levels.
+    labels: classes; -1 for none.
+    key: of the mask and of the classes that are dropped.
+    label_smoothing: part of the target spread evenly over all codes.
+    class_dropout: part of the images whose class is replaced by the null class.
+  """
+  c = model.config
+  sizes = np.array([p * p for p in c.patch_sizes], np.float32)
+  balance = (sizes**-masking.level_balance)[c.levels]
+  mask_key, drop_key = jax.random.split(key)
+  ids = ids.astype(jnp.int32)
+  mask = draw_mask(mask_key, masking, c.levels, len(ids))
+  drop = jax.random.bernoulli(drop_key, class_dropout, labels.shape) | (labels < 0)
+  hidden = model(jnp.where(mask, c.mask_id, ids), jnp.where(drop, c.null_class, labels))
+  masked = mask.astype(jnp.float32)
+  weight = masked * balance
+  found = cross_entropy(
+    hidden.reshape(-1, hidden.shape[-1]),
+    *model.output_table(),
+    ids.reshape(-1),
+    weights=weight.reshape(-1),
+    label_smoothing=label_smoothing,
+  )
+  per_token = jnp.stack(
+    [masked, found.loss.reshape(ids.shape) / balance, masked * found.correct.reshape(ids.shape)]
+  )
+  of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
+  sums = jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
+  return found.loss.sum() / weight.sum(), sums
