@@ -94,7 +94,7 @@ def test_overrides():
     ({"seed": 1.5}, r"config.seed is 1.5 \(float\); it must be int"),
     ({"seed": True}, "config.seed is True"),
     ({"dtype": "float16"}, "config.dtype='float16'"),
-    ({"remat": "all"}, "config.remat='all'; it is one of none, convs, blocks"),
+    ({"remat": "all"}, "config.remat='all'; it is one of none, blocks"),
     ({"ema": 3}, "config.ema is 3; it must be a group of settings"),
     ({"tokenizer": {"lora": {"rank": "8"}}}, "config.tokenizer.lora.rank is '8'"),
     ({"tokenizer": {"lora": {"name_parts": "conv1"}}}, "name_parts is 'conv1'; it must be a tuple"),
