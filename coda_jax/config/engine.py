@@ -31,12 +31,18 @@ def freeze(cls: type, values: Mapping | ml_collections.ConfigDict, where: str = 
   return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in values})
 
 
+def unwrap(hint):
+  """`T` of the type `T | None`; any other type as it is."""
+  if isinstance(hint, types.UnionType):
+    (hint,) = (h for h in typing.get_args(hint) if h is not types.NoneType)
+  return hint
+
+
 def _convert(hint, value, where: str):
   """`value` as the type `hint`: a dataclass, a scalar, `T | None` or a tuple of these."""
-  if isinstance(hint, types.UnionType):
-    if value is None:
-      return None
-    (hint,) = (h for h in typing.get_args(hint) if h is not types.NoneType)
+  if value is None and hint is not unwrap(hint):
+    return None
+  hint = unwrap(hint)
   if dataclasses.is_dataclass(hint):
     if not isinstance(value, Mapping) and not hasattr(value, "items"):
       raise UserError(f"{where} is {value!r}; it must be a group of settings")
@@ -66,13 +72,13 @@ def config_dict(settings) -> ml_collections.ConfigDict:
     if dataclasses.is_dataclass(value):
       value = config_dict(value)
     elif value is None:
-      (kind,) = (h for h in typing.get_args(hints[field.name]) if h is not types.NoneType)
+      kind = unwrap(hints[field.name])
       if not dataclasses.is_dataclass(kind):  # None until set, but of a known type
         value = placeholder(kind)
     out[field.name] = value
   return out
 
 
-def to_json(config) -> dict:
-  """The settings as `config.json` of a workdir keeps them."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_json(settings):
+  """A settings dataclass, or one value of it, as `config.json` of a workdir keeps it."""
+  return json.loads(json.dumps(settings, default=dataclasses.asdict))
