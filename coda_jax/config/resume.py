@@ -9,7 +9,7 @@ from coda_jax.config.engine import to_json, unwrap
 from coda_jax.errors import UserError
 
 # What may differ when a workdir is continued: where and how a run computes, not its result.
-# Workdirs of version 0.1 hold `fold`, which nothing reads today.
+# Workdirs of older versions hold `fold`, which nothing reads today.
 MAY_CHANGE_ON_RESUME = (
   "checkpoint",
   "data.workers",
