@@ -1,5 +1,11 @@
-"""Kept for tools that expect a setup.py; everything is declared in pyproject.toml."""
+"""Lists the packages; everything else is declared in pyproject.toml."""
 
 import setuptools
 
-setuptools.setup()
+setuptools.setup(
+  packages=[
+    *setuptools.find_packages(include=["coda_jax", "coda_jax.*"]),
+    "coda_jax.configs",
+    "coda_jax.convert",
+  ]
+)

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 import warnings
@@ -47,15 +48,15 @@ def main(
     parser: its options; `--debug` is understood anywhere on the command line.
     argv: arguments without the program's name; `sys.argv[1:]` by default.
     config: adds `--config=FILE.py[:ARG]` and the overrides `--config.key.subkey=value`;
-      `args.config` is then the `ml_collections.ConfigDict` with the overrides applied, locked.
+      `args.config` is then the `ml_collections.ConfigDict` with the overrides applied, locked,
+      and `args.config_spec` the text `FILE.py[:ARG]`.
 
   Raises:
     SystemExit: always. `run` may raise UserError (1) or UsageError (2).
   """
   argv = list(sys.argv[1:] if argv is None else argv)
-  debug = (
-    "--debug" in argv
-  )  # by hand: argparse would take it only before or only after a subcommand
+  # By hand: argparse would take it only before or only after a subcommand.
+  debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
   parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
   parser.allow_abbrev = False
@@ -77,7 +78,8 @@ def _run(run, parser, argv, config):
     for arg in overrides:
       if arg.startswith("-") and not arg.lstrip("-").removeprefix("no").startswith("config."):
         parser.error(f"unrecognized argument: {arg}")
-    args.config = load_config(args.config, overrides, parser.error)
+    args.config_spec = args.config
+    args.config = load_config(args.config_spec, overrides, parser.error)
   else:
     args = parser.parse_args(argv)
   try:
@@ -90,7 +92,8 @@ def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None
   """The `ConfigDict` of `FILE.py[:ARG]` with `--config.key=value` overrides applied, locked.
 
   Args:
-    spec: the file defines `get_config()` or `get_config(arg)`.
+    spec: the file defines `get_config()` or `get_config(arg)`. Where `configs/NAME.py` is no file,
+      the one that the installed package carries is taken.
     overrides: command-line words, for example `["--config.seed=1"]`.
     error: called with one line when an override names an unknown key or has a wrong type;
       raises UserError by default.
@@ -102,9 +105,7 @@ def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None
   from ml_collections import config_flags
 
   path, _, arg = spec.partition(":")
-  if not pathlib.Path(path).is_file():
-    raise UserError(f"{path}: no such config file")
-  loader = importlib.util.spec_from_file_location("coda_jax_config", path)
+  loader = importlib.util.spec_from_file_location("coda_jax_config", _config_file(path))
   if loader is None:
     raise UserError(f"{path}: a config file is Python and its name ends in .py")
   module = importlib.util.module_from_spec(loader)
@@ -139,6 +140,29 @@ def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None
   if rest:
     fail(f"unrecognized argument: {rest[0]}")
   return config
+
+
+def _config_file(path: str) -> pathlib.Path:
+  """`path`, or where there is none the package's own file of that name."""
+  file = pathlib.Path(path)
+  package = importlib.util.find_spec("coda_jax.configs")  # none in a checkout
+  folders = package.submodule_search_locations if package else ()
+  own = [pathlib.Path(f) / file.name for f in folders or () if file.parent.name == "configs"]
+  for candidate in (file, *own):
+    if candidate.is_file():
+      return candidate
+  raise UserError(f"{path}: no such config file")
+
+
+def default_workdir(spec: str) -> pathlib.Path:
+  """The folder of a run whose command names no other: `runs/<config>[_<argument>]`.
+
+  `configs/flux.py:full,norm=layer` runs in `runs/flux_full,norm=layer`. Every character but
+  letters, digits and `_=,.+-` becomes `-`.
+  """
+  path, _, arg = spec.partition(":")
+  name = "_".join(filter(None, (pathlib.Path(path).stem, arg)))
+  return pathlib.Path("runs") / re.sub(r"[^\w=,.+-]", "-", name)
 
 
 def _check_key(word: str, config, fail: Callable[[str], None]) -> None:

@@ -2,11 +2,13 @@
 
 import argparse
 import errno
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+import coda_jax
 from coda_jax import cli
 from coda_jax.errors import UserError
 
@@ -108,6 +110,7 @@ def test_config_overrides(config_file):
   ]
   assert call(found.append, *argv, config=True) == 0
   config = found[0].config
+  assert found[0].config_spec == f"{config_file}:large"
   assert (config.arg, config.lr, found[0].name) == ("large", 0.5, "x")
   assert config.model.to_dict() == {"size": 5, "patches": (3, 4), "fast": False}
   with pytest.raises(AttributeError):
@@ -141,6 +144,34 @@ def test_config_files_that_are_none(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       cli.load_config(str(spec))
+
+
+def test_the_package_carries_config_files(tmp_path, monkeypatch):
+  """An installed package has `configs/` below `coda_jax`; a file of the user's goes first."""
+  (tmp_path / "coda_jax" / "configs").mkdir(parents=True)
+  (tmp_path / "coda_jax" / "configs" / "own.py").write_text(CONFIG)
+  folders = [*coda_jax.__path__, str(tmp_path / "coda_jax")]
+  monkeypatch.setattr(coda_jax, "__path__", folders)
+  monkeypatch.chdir(tmp_path)
+  assert cli.load_config("configs/own.py").arg == "small"
+  for path in ("own.py", "configs/none.py"):
+    with pytest.raises(UserError, match=f"{path}: no such config file"):
+      cli.load_config(path)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "own.py").write_text(CONFIG.replace('"small"', '"mine"'))
+  assert cli.load_config("configs/own.py").arg == "mine"
+
+
+@pytest.mark.parametrize(
+  ("spec", "folder"),
+  [
+    ("configs/flux.py", "runs/flux"),
+    ("configs/flux.py:full,codebook_size=16384", "runs/flux_full,codebook_size=16384"),
+    ("/a/my run.py:x/../y z", "runs/my-run_x-..-y-z"),
+  ],
+)
+def test_default_workdir(spec, folder):
+  assert cli.default_workdir(spec) == pathlib.Path(folder)
 
 
 def test_quiet_leaves_our_own_log_alone():

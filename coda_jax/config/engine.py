@@ -1,0 +1,84 @@
+"""Between an `ml_collections.ConfigDict` or JSON and frozen dataclasses."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from coda_jax.errors import UserError
+
+
+def freeze(cls: type, values: Mapping | ml_collections.ConfigDict, where: str = "config"):
+  """The frozen dataclass `cls` of a `ConfigDict` or any other mapping.
+
+  Raises:
+    UserError: an unknown or missing key or a value of the wrong type, named with its full path.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise UserError(f"unknown key {where}.{key}; known here: {', '.join(fields)}")
+  for key, field in fields.items():
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if key not in values and required:
+      raise UserError(f"{where}.{key} is missing")
+  hints = typing.get_type_hints(cls)
+  return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in values})
+
+
+def unwrap(hint):
+  """`T` of the type `T | None`; any other type as it is."""
+  if isinstance(hint, types.UnionType):
+    (hint,) = (h for h in typing.get_args(hint) if h is not types.NoneType)
+  return hint
+
+
+def _convert(hint, value, where: str):
+  """`value` as the type `hint`: a dataclass, a scalar, `T | None` or a tuple of these."""
+  if value is None and hint is not unwrap(hint):
+    return None
+  hint = unwrap(hint)
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping) and not hasattr(value, "items"):
+      raise UserError(f"{where} is {value!r}; it must be a group of settings")
+    return freeze(hint, value, where)
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise UserError(f"{where} is {value!r}; it must be a tuple")
+    args = typing.get_args(hint)
+    if args[-1] is not Ellipsis and len(args) != len(value):
+      raise UserError(f"{where} is {value!r}; it must have {len(args)} entries")
+    items = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    pairs = zip(items, value, strict=True)
+    return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(pairs))
+  if hint is float and type(value) is int:
+    return float(value)
+  if type(value) is not hint or (hint is float and not math.isfinite(value)):
+    raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {hint.__name__}")
+  return value
+
+
+def config_dict(settings) -> ml_collections.ConfigDict:
+  """The `ConfigDict` of a settings dataclass, with every key, for `--config.key=value`."""
+  hints = typing.get_type_hints(type(settings))
+  out = ml_collections.ConfigDict()
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if dataclasses.is_dataclass(value):
+      value = config_dict(value)
+    elif value is None:
+      kind = unwrap(hints[field.name])
+      if not dataclasses.is_dataclass(kind):  # None until set, but of a known type
+        value = placeholder(kind)
+    out[field.name] = value
+  return out
+
+
+def to_json(settings):
+  """A settings dataclass, or one value of it, as `config.json` of a workdir keeps it."""
+  return json.loads(json.dumps(settings, default=dataclasses.asdict))

@@ -1,0 +1,134 @@
+"""Settings of a generator's training run."""
+
+import dataclasses
+
+from coda_jax.config.schema import (
+  DTYPES,
+  CheckpointSettings,
+  EMASettings,
+  EvalSettings,
+  LoggingSettings,
+  MeshSettings,
+  OptimizerSettings,
+  check_batch_size,
+  check_choice,
+)
+from coda_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITSettings:
+  """A generator; classes, levels and codes are those of the tokens.
+
+  Attributes:
+    width, depth, heads, mlp_ratio, embedding, attention: see `models.maskgit.MaskGITConfig`.
+    num_classes: 0 takes the classes of the tokens; another number must be theirs.
+  """
+
+  width: int = 768
+  depth: int = 24
+  heads: int = 8
+  mlp_ratio: float = 4.0
+  embedding: str = "codes"
+  attention: str | None = None
+  num_classes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataSettings:
+  """Tokens, by directories that `python -m coda_jax.tokenize_dataset` wrote.
+
+  Attributes:
+    tokenizer: directory of the tokenizer that made them.
+    train: tokens to train on.
+    eval: held-out tokens; empty goes without evaluation.
+    batch_size: images of one update over all devices.
+    accumulation: micro-batches that an update is split into.
+  """
+
+  tokenizer: str
+  train: str
+  eval: str = ""
+  batch_size: int = 2048
+  accumulation: int = 1
+
+  def __post_init__(self):
+    check_batch_size(self.batch_size, self.accumulation)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingSettings:
+  """Which tokens are masked in training.
+
+  Attributes:
+    ratio: part of the tokens that is masked: "beta" draws it from Beta(a, b), "cosine" is
+      cos(pi/2 u) with u uniform (MaskGIT).
+    a, b: of the Beta distribution.
+    order: "uniform", or "coarse_to_fine": levels are masked from the finest on.
+    level_balance: 0 weighs all masked tokens alike, so that the coarse levels hardly count; 1 all
+      levels. A token of a level of p x p has the weight p ** (-2 level_balance).
+  """
+
+  ratio: str = "beta"
+  a: float = 12.0
+  b: float = 3.0
+  order: str = "uniform"
+  level_balance: float = 0.0
+
+  def __post_init__(self):
+    for key, choices in (("ratio", ("beta", "cosine")), ("order", ("uniform", "coarse_to_fine"))):
+      check_choice(f"masking.{key}", getattr(self, key), choices)
+    if not 0 <= self.level_balance <= 1:
+      raise UserError(f"config.masking.level_balance is {self.level_balance}; it is from 0 to 1")
+    if min(self.a, self.b) <= 0:
+      raise UserError("config.masking.a and config.masking.b must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITTrainConfig:
+  """A generator's training run.
+
+  Attributes:
+    kind: "maskgit", by which `coda_jax.train` chooses the trainer.
+    seed: decides initial weights, data order, masks and dropped classes.
+    dtype: of the transformer's computation; weights, norms, logits and losses are float32 always.
+    remat: the backward pass computes the inside of each block again: less memory, a third more
+      work.
+    class_dropout: part of the images whose class is replaced by the null class.
+  """
+
+  data: TokenDataSettings
+  kind: str = "maskgit"
+  model: MaskGITSettings = MaskGITSettings()
+  masking: MaskingSettings = MaskingSettings()
+  seed: int = 0
+  steps: int = 500_000
+  dtype: str = "bfloat16"
+  remat: bool = False
+  label_smoothing: float = 0.1
+  class_dropout: float = 0.15
+  optimizer: OptimizerSettings = OptimizerSettings(
+    learning_rate=4e-4,
+    b1=0.9,
+    b2=0.99,
+    weight_decay=((r"\.kernel$", 0.03),),
+    clip=1.0,
+    warmup_steps=5000,
+  )
+  ema: EMASettings = EMASettings(start_epoch=0)
+  eval: EvalSettings = EvalSettings(lpips=False)
+  checkpoint: CheckpointSettings = CheckpointSettings(best_metric="-loss")
+  logging: LoggingSettings = LoggingSettings()
+  mesh: MeshSettings = MeshSettings(
+    rules=((r"\.kernel$", ("", "fsdp")), (r"^embedding\.(codes|embedding)$", ("model", "")))
+  )
+
+  def __post_init__(self):
+    if self.kind != "maskgit":
+      raise UserError(f"config.kind={self.kind!r}; a generator's is 'maskgit'")
+    check_choice("dtype", self.dtype, DTYPES)
+    if self.steps < 1:
+      raise UserError("config.steps must be at least 1")
+    for key in ("label_smoothing", "class_dropout"):
+      if not 0 <= getattr(self, key) <= 1:
+        raise UserError(f"config.{key}={getattr(self, key)}; it is between 0 and 1")
