@@ -1,4 +1,7 @@
-"""Directories that commands write: complete or not there."""
+"""Files and directories that commands write: complete or not there.
+
+Both are written aside, under another name in the same directory, and renamed when they are whole.
+"""
 
 import contextlib
 import os
@@ -38,3 +41,26 @@ def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
   except BaseException:
     shutil.rmtree(aside, ignore_errors=True)
     raise
+
+
+@contextlib.contextmanager
+def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The path of a new file that takes the place of `path` when the block ends well.
+
+  The block writes and closes the file, `path` with `.partial` after its name. A block that fails
+  leaves `path` as it was. A process that is killed leaves the partial file, which the next one
+  overwrites.
+  """
+  aside = path.with_name(f"{path.name}.partial")
+  try:
+    yield aside
+    os.replace(aside, path)
+  except BaseException:
+    aside.unlink(missing_ok=True)
+    raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole: `path` holds its old content or `text`, never a part."""
+  with replaced(path) as aside:
+    aside.write_text(text)
