@@ -5,8 +5,7 @@
 
 The trainer's own update with the settings of `configs/flux.py` and `configs/mar.py` (LoRA,
 quantizer, LPIPS, DINO's discriminator, adaptive weight, both optimizers, the average) for a batch
-of 256x256 images in one go, in bfloat16 with adapters folded into the kernels; `--dtype`, `--fold`
-and `--remat` are the config's. Memory is the compiler's own account: what the update takes in
+of 256x256 images in one go, in bfloat16; `--dtype` and `--remat` are the config's. Memory is the compiler's own account: what the update takes in
 (parameters, moments, images; donated), and its temporaries. HBM traffic is the sum over the
 program's operations of what each reads and writes, as the compiler counts it: an upper bound where
 buffers stay in the chip's fast memory; the bodies of the look-up's loops count once. With `--parts`
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 
 from benchmarks.harness import V5E_GB, compile_for_chip, has_libtpu
 from benchmarks.train_step import make_trainer
-from coda_jax.models.vae import REMAT
+from coda_jax.config import REMAT
 
 CASES = ("flux", "mar")
 
@@ -48,7 +47,8 @@ def measure(case: str, images: int, folder: pathlib.Path, **settings) -> dict[st
   size = trainer.config.tokenizer.image_size
   batch = jax.ShapeDtypeStruct((1, images, size, size, 3), jnp.uint8)
   try:
-    step = compile_for_chip(trainer._update, state, frozen, batch, donate=True)
+    key = jax.eval_shape(jax.random.key_data, jax.random.key(0))
+    step = compile_for_chip(trainer._keyed_update, state, frozen, key, batch, donate=True)
   except jax.errors.JaxRuntimeError as e:
     print(str(e).splitlines()[0], file=sys.stderr)
     return None
@@ -116,13 +116,12 @@ def main() -> None:
   parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
   parser.add_argument("--images", nargs="+", type=int, default=[16], help="batches to try")
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-  parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument("--remat", choices=REMAT, default="none")
   parser.add_argument("--parts", action="store_true", help="the networks one by one")
   args = parser.parse_args()
   if not has_libtpu():
     sys.exit("libtpu is not installed: pip install -e '.[tpu]'; no TPU is needed")
-  settings = {"dtype": args.dtype, "fold": args.fold, "remat": args.remat}
+  settings = {"dtype": args.dtype, "remat": args.remat}
   result = {}
   for case in args.cases:
     result |= {f"images_per_chip_v5e_{case}": None, f"hbm_gb_per_image_{case}": None}

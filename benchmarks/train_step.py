@@ -56,11 +56,12 @@ from flax import nnx
 from coda_jax import config as c
 from coda_jax import sharding, weights
 from coda_jax.losses.adversarial import generator_loss
-from coda_jax.losses.objective import adaptive_layer, reconstruction_loss
-from coda_jax.models import lora, vgg
+from coda_jax.config import REMAT
+from coda_jax.losses.reconstruction import reconstruction_loss
+from coda_jax.models import lora
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, REMAT, AutoencoderKL
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 
 CASES = {"mar": ("mar", MAR_VAE), "mar_last": ("mar", MAR_VAE), "flux": ("flux", FLUX_VAE)}
@@ -210,6 +211,7 @@ def make_trainer(case: str, folder: pathlib.Path, **changes) -> TokenizerTrainer
     folder / "vae", "vae", {"vae": dataclasses.asdict(vae)}, _random_arrays(make)
   )
   weights.write_directory(folder / "dino", "dino", {}, _random_arrays(DINO))
+  weights.write_directory(folder / "lpips", "lpips", {}, _random_arrays(LPIPS))
   settings = c.freeze(c.TrainConfig, importlib.import_module(f"configs.{name}").get_config())
   layer = "last" if case.endswith("_last") else settings.adversarial.adaptive_layer
   settings = dataclasses.replace(
@@ -220,12 +222,11 @@ def make_trainer(case: str, folder: pathlib.Path, **changes) -> TokenizerTrainer
     adversarial=dataclasses.replace(
       settings.adversarial, dino_weights=str(folder / "dino"), adaptive_layer=layer
     ),
+    losses=dataclasses.replace(settings.losses, perceptual_weights=str(folder / "lpips")),
     eval=dataclasses.replace(settings.eval, batch_size=1),
     **changes,
   )
-  dtype = jnp.dtype(settings.dtype)
-  lpips = weights.build(lambda: LPIPS(dtype=dtype), _random_arrays(LPIPS), "random")
-  return TokenizerTrainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]), lpips)
+  return TokenizerTrainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
 
 
 class Pieces:

@@ -1,6 +1,6 @@
 """Trains a tokenizer, or a generator on its tokens.
 
-  python -m coda_jax.train --config=configs/mar.py:full --workdir=runs/mar [--config.data.train=...]
+  python -m coda_jax.train --config=configs/mar.py:full [--workdir=runs/mar] [--config.data.train=...]
 
 The same command continues a run that was stopped or killed. On a TPU pod run it on every host.
 """
@@ -15,39 +15,32 @@ import jax
 
 from coda_jax import cli, config, sharding
 from coda_jax.errors import UserError
-from coda_jax.training import loop
-from coda_jax.training.maskgit_trainer import MaskGITTrainer
-from coda_jax.training.tokenizer_trainer import TokenizerTrainer, load_perceptual
+from coda_jax.outputs import write_text
+from coda_jax.training import loop, registry
 
 log = logging.getLogger("coda_jax")
 
 
 def main(argv=None):
   parser = argparse.ArgumentParser(prog="python -m coda_jax.train", description=__doc__)
-  parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+  parser.add_argument(
+    "--workdir", type=pathlib.Path, help="folder of the run (default: runs/CONFIG[_ARGUMENT])"
+  )
   add_distributed_flags(parser)
   cli.main(run, parser, argv, config=True)
 
 
 def run(args: argparse.Namespace) -> None:
   """Trains; see the module's docstring."""
-  generator = args.config.get("kind") == "maskgit"
-  settings = config.freeze(
-    config.MaskGITTrainConfig if generator else config.TrainConfig, args.config
-  )
+  settings = registry.resolve(args.config)
   initialize_distributed(args)
-  lpips = None
-  if not generator:
-    settings, lpips = load_perceptual(settings)
-  claim_workdir(args.workdir, settings)
-  mesh = sharding.make_mesh(settings.mesh)
-  if generator:
-    trainer = MaskGITTrainer(settings, mesh)
-  else:
-    trainer = TokenizerTrainer(settings, mesh, lpips)
+  workdir = args.workdir or cli.default_workdir(args.config_spec)
+  log.info("workdir: %s", workdir)
+  claim_workdir(workdir, settings)
+  trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
   fields = config.to_json(settings)
-  if loop.run(trainer, args.workdir, settings.checkpoint, settings.logging, fields):
-    log.info("done: %s", args.workdir / ("generator" if generator else "tokenizer"))
+  if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
+    log.info("done: %s", workdir / trainer.product)
 
 
 def add_distributed_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,16 +70,13 @@ def claim_workdir(workdir: pathlib.Path, settings) -> None:
   if jax.process_index() > 0:
     return
   file = workdir / "config.json"
-  fields = config.to_json(settings)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if file.exists():
-      config.check_resumable(fields, json.loads(file.read_text()), workdir)
+      config.check_resumable(settings, json.loads(file.read_text()), workdir)
     elif (workdir / "checkpoints").exists():
       raise UserError(f"{workdir} holds checkpoints but no config.json; take a new --workdir")
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(fields, indent=2) + "\n")
-    aside.replace(file)
+    write_text(file, json.dumps(config.to_json(settings), indent=2) + "\n")
   except OSError as e:
     raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
   except ValueError as e:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from coda_jax import weights
 from coda_jax.errors import UserError
-from coda_jax.models.lora import LoRAConfig
+from coda_jax.models.lora import LoRAConfig, add_lora
 from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -117,7 +117,12 @@ def quantizer_config(shapes: Shapes, patch_sizes: tuple[int, ...]) -> QuantizerC
 @functools.cache
 def of_vae(config: VAEConfig, lora: LoRAConfig | None) -> dict[str, tuple[int, ...]]:
   """Shape of every parameter of the autoencoder."""
-  return weights.expected_shapes(lambda: AutoencoderKL(config, lora=lora, rngs=nnx.Rngs(0)))
+
+  def make():
+    rngs = nnx.Rngs(0)
+    return add_lora(AutoencoderKL(config, rngs=rngs), lora, rngs=rngs)
+
+  return weights.expected_shapes(make)
 
 
 @functools.cache

@@ -129,13 +129,16 @@ def _replace(module: nnx.Module, kind: type, make) -> None:
       setattr(parent, path[-1], make(".".join(map(str, path)), node))
 
 
-def add_lora(vae: AutoencoderKL, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-  """Adds an adapter to every convolution that the config names, in place."""
+def add_lora(vae: AutoencoderKL, config: LoRAConfig | None, *, rngs: nnx.Rngs) -> AutoencoderKL:
+  """Adds an adapter to every convolution that the config names; changes and returns `vae`."""
+  if config is None:
+    return vae
 
   def adapted(path, conv):
     return LoRAConv(conv, config.rank, rngs=rngs) if config.adapts(path) else conv
 
   _replace(vae, nnx.Conv, adapted)
+  return vae
 
 
 def merge_lora(module: nnx.Module) -> None:

@@ -59,9 +59,8 @@ class Tokenizer(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.config = config
-    self.vae = AutoencoderKL(config.vae, dtype=dtype, remat=remat, rngs=rngs)
-    if config.lora is not None:
-      add_lora(self.vae, config.lora, rngs=rngs)
+    vae = AutoencoderKL(config.vae, dtype=dtype, remat=remat, rngs=rngs)
+    self.vae = add_lora(vae, config.lora, rngs=rngs)
     self.quantizer = ResidualQuantizer(config.quantizer, rngs=rngs)
 
   def latents(

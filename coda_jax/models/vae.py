@@ -1,7 +1,8 @@
 """The KL autoencoder of latent diffusion; MAR's KL-16 and FLUX's VAE are two configs of it.
 
-Attribute names are LDM's (`encoder.down.0.block.0.conv1`); only `convert` knows other names. Adapters are added by `models.lora.add_lora`. Source: LDM's
-`AutoencoderKL` (arXiv 2112.10752), as MAR and FLUX publish it.
+Attribute names are LDM's (`encoder.down.0.block.0.conv1`); only `convert` knows other names.
+`models.lora.add_lora` adds adapters. Source: LDM's `AutoencoderKL` (arXiv 2112.10752), as MAR and
+FLUX publish it.
 """
 
 import dataclasses

@@ -173,14 +173,19 @@ class Progress:
       self._bar.close()
 
 
-def parameter_overview(groups: Mapping[str, Mapping[str, jax.Array]]) -> str:
-  """The first group's table of arrays, and a line per group: arrays, parameters, bytes."""
-  from clu import parameter_overview  # imports much
+def parameter_summary(groups: Mapping[str, Mapping[str, jax.Array]]) -> str:
+  """A line for each group of arrays: how many arrays and parameters, and their size."""
 
-  first = dict(next(iter(groups.values())))
-  lines = [parameter_overview.get_parameter_overview(first, include_stats=False)]
-  for name, arrays in groups.items():
+  def line(name, arrays):
     size = sum(x.size for x in arrays.values())
     mib = sum(x.size * x.dtype.itemsize for x in arrays.values()) / 2**20
-    lines.append(f"{name}: {len(arrays)} arrays, {size:,} parameters, {mib:,.1f} MiB")
-  return "\n".join(lines)
+    return f"{name}: {len(arrays)} arrays, {size:,} parameters, {mib:,.1f} MiB"
+
+  return "\n".join(line(*group) for group in groups.items() if group[1])
+
+
+def parameter_table(arrays: Mapping[str, jax.Array]) -> str:
+  """A table of arrays: path, shape, type, parameters."""
+  from clu import parameter_overview  # imports much
+
+  return parameter_overview.get_parameter_overview(dict(arrays), include_stats=False)

@@ -1,4 +1,4 @@
-"""The training loop. It knows steps, checkpoints and records; a `Trainer` knows what is trained."""
+"""The training loop: steps, checkpoints, records. A `Trainer` knows the networks and the data."""
 
 import collections
 import contextlib
@@ -7,8 +7,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,47 +15,15 @@ from jax.experimental import multihost_utils
 
 from coda_jax.config import CheckpointSettings, LoggingSettings
 from coda_jax.errors import UserError
+from coda_jax.evaluation.metrics import short_line
+from coda_jax.outputs import write_text
 from coda_jax.training.checkpoints import Checkpoints
 from coda_jax.training.logging import Metrics, Progress
+from coda_jax.training.trainer import Trainer
 
 log = logging.getLogger("coda_jax")
-State = Any  # a pytree of jax arrays
+PARAMETERS_FILE = "parameters.txt"
 _IN_FLIGHT = 2  # updates started ahead of the one that must have finished
-
-
-@runtime_checkable
-class Trainer(Protocol):
-  """What is trained. The loop calls all of it on every process."""
-
-  mesh: jax.sharding.Mesh
-  steps: int  # updates of the whole run
-  images_per_step: int
-  eval_every: int  # updates between evaluations; 0: at the end alone
-  shown: tuple[str, ...]  # metrics that the progress line shows
-
-  def overview(self, state: State) -> str:
-    """Describes the parameters."""
-
-  def initial_state(self) -> State:
-    """State before the first update."""
-
-  def abstract_state(self) -> State:
-    """Shapes, types and shardings of the state."""
-
-  def batches(self, step: int) -> Iterator[Any]:
-    """Global batches for the updates from `step` on, a pure function of the config and `step`.
-
-    Has a method `close`.
-    """
-
-  def step(self, state: State, batch: Any) -> tuple[State, Mapping[str, jax.Array]]:
-    """One update. `state` is donated; metrics are scalars or vectors, all finite if all is well."""
-
-  def evaluate(self, state: State) -> dict[str, float]:
-    """Metrics on held-out data."""
-
-  def export(self, state: State, workdir: pathlib.Path) -> None:
-    """Saves what the run is for."""
 
 
 def run(
@@ -80,7 +47,7 @@ def run(
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(trainer.mesh))
-    enter = lambda closable: stack.enter_context(contextlib.closing(closable))  # noqa: E731
+    enter = lambda closable: stack.enter_context(contextlib.closing(closable))
     checkpoints = enter(Checkpoints(workdir / "checkpoints", checkpoint))
     step = checkpoints.latest or 0
     if step > trainer.steps:
@@ -90,9 +57,12 @@ def run(
     else:
       log.info("continuing %s from step %d", workdir, step)
       state = checkpoints.restore(trainer.abstract_state())
-    log.info("%s", trainer.overview(state))
+    summary, table = trainer.overview(state)
+    log.info("%s", summary)
+    if jax.process_index() == 0:
+      write_text(workdir / PARAMETERS_FILE, table)
     metrics = enter(Metrics(workdir, logging_settings, step, config))
-    progress = enter(Progress(step, trainer.steps, trainer.images_per_step))
+    progress = enter(Progress(step, trainer.steps, trainer.config.data.batch_size))
     preemption = stack.enter_context(_Preemption())
     window = _Window(checkpoints)
 
@@ -103,14 +73,12 @@ def run(
       with progress.paused():
         values = trainer.evaluate(state)
       metrics.write("eval", step, values)
-      log.info(
-        "step %d  evaluation  %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-      )
+      log.info("step %d  evaluation  %s", step, short_line(values))
       return values
 
     # The file of the records is process 0's.
     done = multihost_utils.broadcast_one_to_all(np.array(step in metrics.steps("eval")))
-    if due(trainer.eval_every) and not done:
+    if due(trainer.config.eval.every) and not done:
       evaluate()  # of the start, or of a checkpoint whose evaluation was cut off
     batches = enter(trainer.batches(step)) if step < trainer.steps else None
     while step < trainer.steps:
@@ -125,7 +93,7 @@ def run(
         record = window.mean()
         record |= progress.report(step, {k: record[k] for k in trainer.shown if k in record})
         metrics.write("train", step, record)
-      evaluated = evaluate() if due(trainer.eval_every) and not stop else None
+      evaluated = evaluate() if due(trainer.config.eval.every) and not stop else None
       if due(checkpoint.every) or stop:
         window.check()  # a state that is not finite is never saved
         with progress.paused():

@@ -29,8 +29,6 @@ def resolve(values: ml_collections.ConfigDict) -> c.TrainConfig | c.MaskGITTrain
   return trainer.resolved(c.freeze(settings, values))
 
 
-def make_trainer(
-  config: c.TrainConfig | c.MaskGITTrainConfig, mesh: jax.sharding.Mesh
-) -> Trainer:
+def make_trainer(config: c.TrainConfig | c.MaskGITTrainConfig, mesh: jax.sharding.Mesh) -> Trainer:
   """The trainer of resolved settings. Raises UserError if its data or weights cannot be read."""
   return TRAINERS[config.kind][1](config, mesh)

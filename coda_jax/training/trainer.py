@@ -1,4 +1,4 @@
-"""What all trainers share: state and frozen arrays on the mesh, the jitted update, global batches."""
+"""What trainers share: arrays on the mesh, the jitted update, global batches."""
 
 import abc
 import enum

@@ -10,6 +10,7 @@ from flax import nnx
 
 import convert
 from coda_jax import weights
+from coda_jax.models.lora import add_lora
 from coda_jax.models.quantizer import ResidualQuantizer
 from coda_jax.models.vae import AutoencoderKL
 from coda_jax.ops import resize
@@ -48,7 +49,12 @@ def test_autoencoder(golden):
     assert lora is not None
   else:
     (config, flat), lora = convert.to_flat(golden["layout"], state), None
-  vae = weights.build(lambda: AutoencoderKL(config, lora=lora, rngs=nnx.Rngs(0)), flat, golden.name)
+
+  def make():
+    rngs = nnx.Rngs(0)
+    return add_lora(AutoencoderKL(config, rngs=rngs), lora, rngs=rngs)
+
+  vae = weights.build(make, flat, golden.name)
 
   @jax.jit
   def run(state, images):

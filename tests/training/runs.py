@@ -22,7 +22,7 @@ QUANTIZER = QuantizerConfig(codebook_size=64, patch_sizes=(4, 16), chunk_size=64
 
 def make_inputs(folder) -> None:
   """Saves a VAE to `folder`/vae and noisy gradients to `folder`/images."""
-  make = lambda: AutoencoderKL(VAE, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: AutoencoderKL(VAE, rngs=nnx.Rngs(0))
   weights.save_vae(weights.build(make, tiny.random_params(make), "test"), folder / "vae")
   rng = np.random.default_rng(0)
   for split, count in (("train", 24), ("val", 6)):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coda_jax.functional import part, take_apart
 from flax import nnx
 
 from coda_jax import config as c
 from coda_jax import sharding, tokenize_dataset, weights
 from coda_jax.errors import UserError
-from coda_jax.functional import part, take_apart
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training import loop
 from coda_jax.training.logging import read_metrics

@@ -251,7 +251,7 @@ def test_discriminators_that_cannot_be(folder):
 
 def test_ema_decay():
   settings = c.EMASettings(decay=0.9999, start_epoch=4)
-  decay = lambda s: float(tokenizer_trainer.ema_decay(settings, jnp.asarray(s), 10))  # noqa: E731
+  decay = lambda s: float(tokenizer_trainer.ema_decay(settings, jnp.asarray(s), 10))
   assert decay(39) == 0  # epoch 3
   assert decay(40) == pytest.approx(21 / 30)
   assert decay(41) == pytest.approx(21 / 30)

@@ -10,13 +10,12 @@ import pytest
 from flax import nnx
 
 import convert
+from coda_jax import arrays, weights
 from coda_jax import config as c
-from coda_jax import weights
-from coda_jax.functional import part, take_apart
-from coda_jax.losses.objective import Adversary, Objective
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.training.tokenizer_trainer import make_optimizer
+from coda_jax.training.optimizers import make_optimizer
+from coda_jax.training.tokenizer_step import loss_and_gradients, networks, split_discriminator
 from convert import coda, flux_vae, mar_vae, rules
 from tests.conftest import assert_close
 from tests.official_discriminator import discriminator, our_key
@@ -73,7 +72,7 @@ def tokenizer_of(golden):
   config = TokenizerConfig(vae, quantizer, lora, image_size=golden["input"][2][-1])
   arrays = {f"vae.{k}": x for k, x in flat_vae.items()}
   arrays |= {f"quantizer.{k}": x for k, x in flat.items()}
-  make = lambda: Tokenizer(config, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: Tokenizer(config, rngs=nnx.Rngs(0))
   return weights.build(make, arrays, golden.name), names
 
 
@@ -94,7 +93,7 @@ def assert_norms(ours, names, golden, what):
     assert abs(ours[name] - theirs) <= tolerance, f"{what} of {name}: {ours[name]}, {theirs}"
 
 
-def rounded_otherwise(seed, update, params, discriminator, frozen, images, noise):
+def rounded_otherwise(seed, update, params, heads, frozen, images, noise):
   """The adaptive weight of the update on reconstructions that differ by float32 rounding.
 
   The gates of the discriminator's heads that rounding decides change |grad g|, and the adaptive
@@ -103,7 +102,7 @@ def rounded_otherwise(seed, update, params, discriminator, frozen, images, noise
   bias = "vae.decoder.conv_out.bias"
   shift = 5e-6 * np.random.default_rng(seed).standard_normal(3, np.float32)
   moved = frozen["tokenizer"] | {bias: frozen["tokenizer"][bias] + shift}
-  out, *_ = update(params, discriminator, frozen | {"tokenizer": moved}, images, noise)
+  out, *_ = update(params, heads, frozen | {"tokenizer": moved}, images, noise)
   return float(out.metrics["adaptive_weight"])
 
 
@@ -111,28 +110,26 @@ def rounded_otherwise(seed, update, params, discriminator, frozen, images, noise
 def test_update_is_the_official_one(golden):
   losses, optimizer, adversarial = settings_of(golden)
   tokenizer, names = tokenizer_of(golden)
-  structure, arrays = take_apart(tokenizer)
-  trained = structure.select((("LoRAParam", ""), ("Param", r"^quantizer\.")))
-  params, frozen = part(arrays, trained)
-  lpips, lpips_arrays = take_apart(lpips_of(golden))
-  discriminator_structure, discriminator_arrays = take_apart(discriminator(golden))
-  adversary = Adversary(discriminator_structure, adversarial)
-  *discriminator_state, discriminator_frozen = adversary.split(discriminator_arrays)
-  objective = Objective(losses, structure, lpips, adversary)
-  frozen = {"tokenizer": frozen, "lpips": lpips_arrays, "discriminator": discriminator_frozen}
-  nhwc = lambda field: jnp.asarray(np.moveaxis(golden.input(field), 1, -1))  # noqa: E731
+  trained = arrays.matching((("LoRAParam", ""), ("Param", r"^quantizer\.")))
+  _, params, frozen = arrays.split(tokenizer, trained, ...)
+  lpips, disc = lpips_of(golden), discriminator(golden)
+  structures = networks(tokenizer, lpips, disc, losses, adversarial)
+  heads, disc_frozen = split_discriminator(disc)
+  frozen = {"tokenizer": frozen, "lpips": arrays.of(lpips), "discriminator": disc_frozen}
+  nhwc = lambda field: jnp.asarray(np.moveaxis(golden.input(field), 1, -1))
 
   @jax.jit
-  def update(params, discriminator, frozen, images, noise):
-    out = objective(
+  def update(params, heads, frozen, images, noise):
+    out = loss_and_gradients(
+      structures,
       params,
-      discriminator,
+      heads,
       frozen,
       images,
       noise,
       jax.random.key(0),
-      schedule=jnp.float32(golden["schedule"]),
-      blur=jnp.zeros(()),
+      jnp.float32(golden["schedule"]),
+      jnp.zeros(()),
     )
 
     def step(settings, gradients, params):
@@ -143,10 +140,10 @@ def test_update_is_the_official_one(golden):
       return optax.global_norm(gradients), clipped, updates
 
     ours = step(optimizer, out.gradients, params)
-    theirs = step(adversarial.optimizer, out.discriminator_gradients, discriminator[0])
+    theirs = step(adversarial.optimizer, out.discriminator_gradients, heads.params)
     return out, ours, theirs
 
-  inputs = (params, tuple(discriminator_state), frozen, nhwc("input"), nhwc("noise"))
+  inputs = (params, heads, frozen, nhwc("input"), nhwc("noise"))
   out, (norm, clipped, updates), (disc_norm, disc_clipped, _) = update(*inputs)
   expected = golden.outputs()
   for level, ids in enumerate(out.ids):

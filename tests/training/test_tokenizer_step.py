@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from coda_jax import weights
+from coda_jax import arrays, weights
 from coda_jax.config import AdversarialSettings, LossSettings
 from coda_jax.errors import UserError
-from coda_jax.functional import part, take_apart
-from coda_jax.losses.objective import (
-  Adversary,
-  Objective,
-  adaptive_layer,
-  adaptive_weight,
-  reconstruction_loss,
-)
+from coda_jax.losses.adversarial import adaptive_weight
+from coda_jax.losses.reconstruction import reconstruction_loss
 from coda_jax.models.discriminators import Discriminator
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.training.tokenizer_step import loss_and_gradients, networks, split_discriminator
 from tests import tiny
 from tests.training import runs
 
@@ -54,27 +49,30 @@ class Linear(Discriminator):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  config = TokenizerConfig(runs.VAE, runs.QUANTIZER, runs.LORA, image_size=16)
-  make = lambda: Tokenizer(config, rngs=nnx.Rngs(0))  # noqa: E731
-  return take_apart(weights.build(make, tiny.random_params(make), "test"))
+  return make_tokenizer(runs.LORA)
 
 
-def outcome(tokenizer, schedule=0.5, layer="last", **settings):
-  structure, arrays = tokenizer
-  params, frozen = part(arrays, structure.select((("LoRAParam", ""), ("Param", "^quantizer"))))
-  discriminator, arrays = take_apart(Linear())
-  adversary = Adversary(
-    discriminator, AdversarialSettings(discriminator="patch", adaptive_layer=layer, **settings)
-  )
-  *trained, disc_frozen = adversary.split(arrays)
-  objective = Objective(LOSSES, structure, None, adversary)
-  run = jax.jit(objective.__call__)
-  images = tiny.images(2, 16, 16)
-  return run(
+def make_tokenizer(lora):
+  config = TokenizerConfig(runs.VAE, runs.QUANTIZER, lora, image_size=16)
+  make = lambda: Tokenizer(config, rngs=nnx.Rngs(0))
+  return weights.build(make, tiny.random_params(make), "test")
+
+
+TRAINED = arrays.matching((("LoRAParam", ""), ("Param", "^quantizer")))
+
+
+def outcome(tokenizer, schedule=0.5, layer="last", trained=TRAINED, **settings):
+  _, params, frozen = arrays.split(tokenizer, trained, ...)
+  discriminator = Linear()
+  adversarial = AdversarialSettings(discriminator="patch", adaptive_layer=layer, **settings)
+  structures = networks(tokenizer, None, discriminator, LOSSES, adversarial)
+  heads, disc_frozen = split_discriminator(discriminator)
+  return jax.jit(loss_and_gradients, static_argnums=0)(
+    structures,
     params,
-    tuple(trained),
+    heads,
     {"tokenizer": frozen, "discriminator": disc_frozen},
-    images,
+    tiny.images(2, 16, 16),
     jax.random.normal(jax.random.key(1), (2, 16, 16, 16)),
     jax.random.key(2),
     jnp.float32(schedule),
@@ -102,17 +100,24 @@ def test_total(own):
   assert own.variables["heads.0.calls"] == 3
 
 
-def test_gradients_are_those_of_the_total(tokenizer, own):
+LAYERS = {
+  "last": "vae.decoder.up.0.block.0.conv2.lora_up",
+  "decoder.mid.block_1.conv1": "vae.decoder.mid.block_1.conv1.lora_up",
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_are_those_of_the_total(tokenizer, layer):
   """One backward pass of the whole total, with d held fixed, as plain jax would do it."""
-  structure, arrays = tokenizer
-  params, frozen = part(arrays, structure.select((("LoRAParam", ""), ("Param", "^quantizer"))))
+  own = outcome(tokenizer, layer=layer)
+  structure, params, frozen = arrays.split(tokenizer, TRAINED, ...)
   images = tiny.images(2, 16, 16)
   noise = jax.random.normal(jax.random.key(1), (2, 16, 16, 16))
 
   @jax.jit
   def gradients(params, d):
     def total(params, nll_weight, g_weight, rest):
-      model = structure.module(frozen, params)
+      model = arrays.merge(structure, frozen, params)
       latents = model.vae.scale_latents(model.vae.encode(images).sample(noise=noise))
       out = model.quantizer(latents)
       image = model.vae.decode(model.vae.unscale_latents(out.latents))
@@ -132,8 +137,8 @@ def test_gradients_are_those_of_the_total(tokenizer, own):
   largest = max(float(jnp.abs(x).max()) for x in expected.values())
   for name, x in expected.items():
     np.testing.assert_allclose(own.gradients[name], x, atol=1e-5 * largest, err_msg=name)
-  last = "vae.decoder.up.0.block.0.conv2.lora_up"
-  ratio = jnp.linalg.norm(of_nll[last]) / jnp.linalg.norm(of_g[last])
+  weight = LAYERS[layer]
+  ratio = jnp.linalg.norm(of_nll[weight]) / jnp.linalg.norm(of_g[weight])
   np.testing.assert_allclose(d, ratio, rtol=1e-4)
 
 
@@ -168,21 +173,37 @@ def test_adaptive_weight():
   assert adaptive_weight(jnp.zeros(2), jnp.zeros(2)) == 0
 
 
+def adaptive(tokenizer, layer):
+  settings = AdversarialSettings(discriminator="patch", adaptive_layer=layer)
+  found = networks(tokenizer, None, Linear(), LOSSES, settings)
+  return found.cut, found.adaptive
+
+
 def test_adaptive_layers(tokenizer):
-  structure, _ = tokenizer
-  index, weight = adaptive_layer(structure, "last")
-  assert weight == "vae.decoder.up.0.block.0.conv2.lora_up"
-  assert adaptive_layer(structure, "decoder.up.0.block.0.conv2") == (index, weight)
+  cut, weight = adaptive(tokenizer, "last")
+  assert (cut, weight) == ("up.0.block.0", "vae.decoder.up.0.block.0.conv2.lora_up")
+  assert adaptive(tokenizer, "decoder.up.0.block.0.conv2") == (cut, weight)
+  upsample = adaptive(tiny.tokenizer(), "decoder.up.1.upsample.conv")
+  assert upsample == ("up.1.upsample", "vae.decoder.up.1.upsample.conv.lora_up")
   with pytest.raises(UserError, match="'decoder.up.9'.*decoder.mid.block_1.conv1, .*conv2"):
-    adaptive_layer(structure, "decoder.up.9")
+    adaptive(tokenizer, "decoder.up.9")
 
 
-def test_adaptive_layer_without_an_adapter():
-  lora = LoRAConfig(rank=4, decoder=False)
-  config = TokenizerConfig(runs.VAE, runs.QUANTIZER, lora, image_size=16)
-  make = lambda: Tokenizer(config, rngs=nnx.Rngs(0))  # noqa: E731
-  structure, _ = take_apart(weights.build(make, tiny.random_params(make), "test"))
-  assert adaptive_layer(structure, "last")[1] == "vae.decoder.up.0.block.0.conv2.kernel"
+def test_adaptive_weight_that_does_not_train():
+  """Without an adapter the gradients are compared at the kernel, which stays as it is."""
+  tokenizer = make_tokenizer(LoRAConfig(rank=4, decoder=False))
+  assert adaptive(tokenizer, "last")[1] == "vae.decoder.up.0.block.0.conv2.kernel"
+  out = outcome(tokenizer)
+  assert not any(".decoder." in name for name in out.gradients)
+  assert out.metrics["adaptive_weight"] > 0
+
+
+def test_trained_decoder(tokenizer):
+  """Every array that trains has a gradient, whichever side of the cut it is on."""
+  everything = outcome(tokenizer, trained=nnx.Param)
+  assert set(everything.gradients) == set(arrays.of(tokenizer))
+  assert jnp.abs(everything.gradients["vae.decoder.conv_out.kernel"]).max() > 0
+  assert jnp.abs(everything.gradients["vae.encoder.conv_in.kernel"]).max() > 0
 
 
 def test_reconstruction_loss_by_hand():
