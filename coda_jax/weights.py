@@ -63,7 +63,7 @@ def check_entries(
     raise UserError(f"{where} does not fit the model: {shown}{more}")
 
 
-def _filled(expected: Arrays, flat: Arrays, where: str) -> dict[str, jax.Array]:
+def _filled(expected: Mapping[str, typing.Any], flat: Arrays, where: str) -> dict[str, jax.Array]:
   """The arrays of `flat`, which must fit `expected` exactly, as JAX arrays of its types."""
   check_entries(
     {k: x.shape for k, x in flat.items()}, {k: x.shape for k, x in expected.items()}, where
