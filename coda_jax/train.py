@@ -1,6 +1,6 @@
 """Trains a tokenizer, or a generator on its tokens.
 
-  python -m coda_jax.train --config=configs/mar.py:full [--workdir=runs/mar] [--config.data.train=...]
+  python -m coda_jax.train --config=configs/mar.py [--workdir=runs/mar] [--config.data.train=...]
 
 The same command continues a run that was stopped or killed. On a TPU pod run it on every host.
 """

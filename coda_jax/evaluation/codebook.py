@@ -1,12 +1,14 @@
 """How a tokenizer uses its codebook: counts of every code at every level and their summaries."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int, Integer
+
+from coda_jax.evaluation.reconstruction import Batch
 
 
 def count_codes(ids: Sequence[Int[Array, "..."]], codebook_size: int) -> Int[Array, "levels v"]:
@@ -21,7 +23,7 @@ def code_age(
   return (age + 1) * (counts == 0)
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class CodebookUsage:
   """Counts [levels, V], int64. `merge` adds those of other images or other hosts."""
 
@@ -32,15 +34,28 @@ class CodebookUsage:
     return cls(np.zeros((levels, codebook_size), np.int64))
 
   @classmethod
-  def of(
+  def of(cls, batch: Batch) -> "CodebookUsage":
+    return cls.count(batch.result.ids, batch.result.codebook_size)
+
+  @classmethod
+  def count(
     cls, ids: Sequence[Integer[np.ndarray | jax.Array, "..."]], codebook_size: int
   ) -> "CodebookUsage":
-    """Usage of one batch: `ids` per level, any shape."""
+    """Usage by the `ids` of each level, of any shape."""
     levels = [np.bincount(np.ravel(level), minlength=codebook_size) for level in ids]
     return cls(np.stack(levels).astype(np.int64))
 
   def merge(self, other: "CodebookUsage") -> "CodebookUsage":
     return CodebookUsage(self.counts + other.counts)
+
+  def summary(self) -> dict[str, float]:
+    """Scalars by name; levels count from 1."""
+    levels = enumerate(self.level_utilization, 1)
+    return {
+      "codebook_utilization": self.utilization,
+      "codebook_perplexity": self.perplexity,
+      "tokens_per_code": self.tokens_per_code,
+    } | {f"codebook_utilization/level_{i}": float(x) for i, x in levels}
 
   @property
   def overall(self) -> np.ndarray:

@@ -1,11 +1,14 @@
-"""PSNR and SSIM as the official code defines them: of 8-bit images, one by one, in float64."""
+"""Likeness of images. PSNR and SSIM as in the official code: 8-bit images, one by one, float64."""
 
 from typing import Literal
 
+import jax
 import numpy as np
-from jaxtyping import Float, Float64, UInt8
+from flax import struct
+from jaxtyping import Float, Float64, Int, UInt8
 
 from coda_jax.errors import UserError
+from coda_jax.evaluation.reconstruction import Batch
 
 _RADIUS, _SIGMA = 5, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -63,3 +66,37 @@ def _blur(x: np.ndarray) -> np.ndarray:
     for i in range(_RADIUS):  # the window is symmetric
       x += window[i] * (parts[i] + parts[-1 - i])
   return x
+
+
+@struct.dataclass
+class Quality:
+  """Likeness of N reconstructions to their originals.
+
+  Attributes:
+    psnr: [N] in dB, ssim: [N], both of 8-bit images by the official definition. SSIM is NaN of
+      images smaller than its window.
+    lpips: [N] of float images, or None.
+  """
+
+  psnr: np.ndarray
+  ssim: np.ndarray
+  lpips: np.ndarray | None = None
+
+  @classmethod
+  def of(cls, batch: Batch) -> "Quality":
+    images, ours = batch.images, to_uint8(batch.result.images)
+    fits = min(images.shape[1:3]) >= 2 * _RADIUS + 1
+    similarity = ssim(images, ours) if fits else np.full(len(images), np.nan)
+    return cls(psnr(images, ours), similarity, batch.result.lpips)
+
+  def merge(self, other: "Quality") -> "Quality":
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), self, other)
+
+  def take(self, rows: Int[np.ndarray, "m"] | int | slice) -> "Quality":
+    """Of some of the images."""
+    return jax.tree.map(lambda x: x[rows], self)
+
+  def summary(self) -> dict[str, float]:
+    """Means over images by name; `lpips` only if it was measured."""
+    found = {"psnr": self.psnr, "ssim": self.ssim, "lpips": self.lpips}
+    return {name: float(np.mean(x)) for name, x in found.items() if x is not None}

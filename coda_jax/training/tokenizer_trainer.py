@@ -18,6 +18,8 @@ from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation.codebook import code_age, count_codes
+from coda_jax.evaluation.evaluator import evaluate
+from coda_jax.evaluation.reconstruction import BatchResult, reconstruct_batch
 from coda_jax.models.dino import DINO
 from coda_jax.models.discriminators import DinoDiscriminator, Discriminator, PatchDiscriminator
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -160,6 +162,12 @@ class TokenizerTrainer(Trainer):
     if discriminator is not None:
       frozen_by_network["discriminator"] = load_frozen_features(config.adversarial)
     self._set_up(frozen_by_network, {path: x for path, x in given.items() if path in trained})
+    batch = sharding.batch_sharding(mesh)
+    self._reconstruct = jax.jit(
+      self._reconstruct_batch,
+      in_shardings=(self._state_shardings.ema, self._shardings(self._frozen), batch),
+      out_shardings=batch,
+    )
 
   def _load_lpips(self):
     """LPIPS for the loss or for evaluations; None if neither wants it or it is not installed."""
@@ -312,10 +320,10 @@ class TokenizerTrainer(Trainer):
       resize_ratio=config.data.resize_ratio,
       limit=config.eval.images or None,
     ) as batches:
-      return self._evaluator((state.ema, self._frozen), batches).summary()
+      function = functools.partial(self._reconstruct, state.ema, self._frozen)
+      return evaluate(function, batches, mesh=self.mesh).summary()
 
-  def _reconstruct(self, ema_and_frozen, images: jax.Array) -> BatchResult:
-    ema, frozen = ema_and_frozen
+  def _reconstruct_batch(self, ema: Arrays, frozen, images: jax.Array) -> BatchResult:
     tokenizer = arrays.merge(self._networks.tokenizer, frozen["tokenizer"], ema)
     lpips = arrays.merge(self._networks.lpips, frozen["lpips"]) if "lpips" in frozen else None
     return reconstruct_batch(tokenizer, pipeline.normalize(images), lpips)

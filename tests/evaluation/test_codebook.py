@@ -7,14 +7,14 @@ IDS = [np.array([[[0]], [[2]]], np.int32), np.array([[[0, 1], [1, 1]], [[3, 3], 
 
 
 def test_counts_on_host_and_device_agree():
-  usage = CodebookUsage.of(IDS, 5)
+  usage = CodebookUsage.count(IDS, 5)
   assert usage.counts.tolist() == [[1, 0, 1, 0, 0], [3, 3, 0, 2, 0]]
   device = jax.jit(count_codes, static_argnums=1)([jax.numpy.asarray(x) for x in IDS], 5)
   assert np.array_equal(device, usage.counts)
 
 
 def test_figures():
-  usage = CodebookUsage.of(IDS, 5)
+  usage = CodebookUsage.count(IDS, 5)
   assert usage.utilization == 0.8
   assert usage.level_utilization.tolist() == [0.4, 0.6]
   assert usage.tokens_per_code == 2.0
@@ -25,9 +25,9 @@ def test_figures():
 
 
 def test_merging_is_counting_together():
-  halves = [CodebookUsage.of([level[i : i + 1] for level in IDS], 5) for i in range(2)]
+  halves = [CodebookUsage.count([level[i : i + 1] for level in IDS], 5) for i in range(2)]
   merged = CodebookUsage.empty(2, 5).merge(halves[0]).merge(halves[1])
-  assert np.array_equal(merged.counts, CodebookUsage.of(IDS, 5).counts)
+  assert np.array_equal(merged.counts, CodebookUsage.count(IDS, 5).counts)
 
 
 def test_age_counts_the_steps_since_last_use():
