@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11 or 3.12 and make; each sets up .venv once.
+# `make demo` and `make test` need only Python 3.11, 3.12 or 3.13 and make; each sets up .venv once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,6 +21,7 @@ test-all: $(VENV)/.done lint
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 demo: $(VENV)/.done
 	$(BIN)/python -m tools.demo

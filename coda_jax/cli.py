@@ -15,6 +15,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 from coda_jax.errors import UserError
 
@@ -88,7 +93,9 @@ def _run(run, parser, argv, config):
     parser.error(str(e))
 
 
-def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None = None):
+def load_config(
+  spec: str, overrides: Sequence[str] = (), error: Callable[[str], NoReturn] | None = None
+) -> ml_collections.ConfigDict:
   """The `ConfigDict` of `FILE.py[:ARG]` with `--config.key=value` overrides applied, locked.
 
   Args:
@@ -101,12 +108,9 @@ def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None
   Raises:
     UserError: no such file, no `get_config`, or an argument that it does not take.
   """
-  from absl import flags
-  from ml_collections import config_flags
-
   path, _, arg = spec.partition(":")
   loader = importlib.util.spec_from_file_location("coda_jax_config", _config_file(path))
-  if loader is None:
+  if loader is None or loader.loader is None:
     raise UserError(f"{path}: a config file is Python and its name ends in .py")
   module = importlib.util.module_from_spec(loader)
   loader.loader.exec_module(module)
@@ -123,7 +127,7 @@ def load_config(spec: str, overrides: Sequence[str] = (), error: Callable | None
     ) from None
   config = get_config(*args)
 
-  def fail(message):
+  def fail(message: str) -> NoReturn:
     if error is not None:
       error(message)
     raise UserError(message)
@@ -165,7 +169,7 @@ def default_workdir(spec: str) -> pathlib.Path:
   return pathlib.Path("runs") / re.sub(r"[^\w=,.+-]", "-", name)
 
 
-def _check_key(word: str, config, fail: Callable[[str], None]) -> None:
+def _check_key(word: str, config, fail: Callable[[str], NoReturn]) -> None:
   """Names the first part of `--config.a.b=value` that the config does not have."""
   path = word.partition("=")[0].lstrip("-").removeprefix("no").removeprefix("config.")
   if not word.startswith("-") or "[" in path:  # a value, or an index: ml_collections checks it

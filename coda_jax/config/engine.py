@@ -43,8 +43,8 @@ def _convert(hint, value, where: str):
   if value is None and hint is not unwrap(hint):
     return None
   hint = unwrap(hint)
-  if dataclasses.is_dataclass(hint):
-    if not isinstance(value, Mapping) and not hasattr(value, "items"):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
       raise UserError(f"{where} is {value!r}; it must be a group of settings")
     return freeze(hint, value, where)
   if typing.get_origin(hint) is tuple:
@@ -58,7 +58,7 @@ def _convert(hint, value, where: str):
     return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(pairs))
   if hint is float and type(value) is int:
     return float(value)
-  if type(value) is not hint or (hint is float and not math.isfinite(value)):
+  if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
     raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {hint.__name__}")
   return value
 

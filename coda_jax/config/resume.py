@@ -54,7 +54,7 @@ def with_defaults(cls: type, values: Mapping) -> dict:
     value, hint = out.get(field.name), unwrap(hints[field.name])
     if field.name not in out and field.default is not dataclasses.MISSING:
       out[field.name] = to_json(field.default)
-    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
       out[field.name] = with_defaults(hint, value)
   return out
 
