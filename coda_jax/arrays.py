@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-Arrays = dict[str, Any]  # of jax or NumPy arrays, or of their shapes
+Leaf = Any  # a jax or NumPy array, or its shape, its sharding or how it is restored
+Arrays = dict[str, Leaf]
 
 
 def flatten(state: nnx.State) -> Arrays:

@@ -62,7 +62,7 @@ def run(
     if jax.process_index() == 0:
       write_text(workdir / PARAMETERS_FILE, table)
     metrics = enter(Metrics(workdir, logging_settings, step, config))
-    progress = enter(Progress(step, trainer.steps, trainer.config.data.batch_size))
+    progress = enter(Progress(step, trainer.steps, trainer.images_per_step))
     preemption = stack.enter_context(_Preemption())
     window = _Window(checkpoints)
 
@@ -78,7 +78,7 @@ def run(
 
     # The file of the records is process 0's.
     done = multihost_utils.broadcast_one_to_all(np.array(step in metrics.steps("eval")))
-    if due(trainer.config.eval.every) and not done:
+    if due(trainer.eval_every) and not done:
       evaluate()  # of the start, or of a checkpoint whose evaluation was cut off
     batches = enter(trainer.batches(step)) if step < trainer.steps else None
     while step < trainer.steps:
@@ -93,7 +93,7 @@ def run(
         record = window.mean()
         record |= progress.report(step, {k: record[k] for k in trainer.shown if k in record})
         metrics.write("train", step, record)
-      evaluated = evaluate() if due(trainer.config.eval.every) and not stop else None
+      evaluated = evaluate() if due(trainer.eval_every) and not stop else None
       if due(checkpoint.every) or stop:
         window.check()  # a state that is not finite is never saved
         with progress.paused():

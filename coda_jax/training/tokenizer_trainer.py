@@ -13,7 +13,7 @@ import optax
 from flax import nnx, struct
 
 from coda_jax import arrays, sharding, weights
-from coda_jax.arrays import Arrays
+from coda_jax.arrays import Arrays, Leaf
 from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
@@ -65,11 +65,11 @@ class TrainState:
     discriminator: empty without one.
   """
 
-  step: jax.Array
+  step: Leaf
   params: Arrays
   ema: Arrays
   optimizer: optax.OptState
-  code_age: jax.Array
+  code_age: Leaf
   discriminator: DiscriminatorState
 
 

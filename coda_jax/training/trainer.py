@@ -34,6 +34,8 @@ class Trainer(abc.ABC):
     shown: metrics that the progress line shows.
     product: folder of the workdir that `export` writes.
     config, mesh: the run's.
+    images_per_step: images of one update, over all devices.
+    eval_every: updates between evaluations; 0 evaluates at the end alone.
     steps: updates of the whole run.
     steps_per_epoch: updates of one pass over the data.
   """
@@ -52,6 +54,7 @@ class Trainer(abc.ABC):
     sharding.check_batch("a micro-batch", config.data.batch_size // config.data.accumulation, mesh)
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     self.config, self.mesh = config, mesh
+    self.images_per_step, self.eval_every = config.data.batch_size, config.eval.every
 
   # A subclass has these.
 

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from coda_jax.config import CheckpointSettings, LoggingSettings, MeshSettings
 from coda_jax.errors import UserError
 from coda_jax.training import loop
 from coda_jax.training.logging import read_metrics
+from coda_jax.training.maskgit_trainer import GeneratorState
+from coda_jax.training.trainer import Trainer
 
 CHECKPOINT = CheckpointSettings(every=2, keep=2, keep_best=1, best_metric="-distance")
 LOGGING = LoggingSettings(every=2, tensorboard=False)
@@ -24,63 +27,57 @@ class Batches:
   """Batch s is drawn with seed s."""
 
   def __init__(self, step):
-    self.step, self.closed = step, False
+    self.step = step
 
   def __next__(self):
     rng = np.random.default_rng(self.step)
     self.step += 1
-    return jax.device_put(rng.normal(size=3).astype(np.float32))
+    return {"x": rng.normal(size=(1, 3)).astype(np.float32)}
 
   def close(self):
-    self.closed = True
+    pass
 
 
-class Toy:
+class Toy(Trainer):
   """Pulls three numbers to random ones; `before` runs ahead of each update."""
 
   shown = ("loss",)
-  images_per_step = 1
+  product = "numbers"
+  steps_per_epoch = 1
 
   def __init__(self, steps=6, eval_every=0, before=lambda step: None):
-    self.steps, self.eval_every, self.before = steps, eval_every, before
-    self.mesh = sharding.make_mesh(MeshSettings(), jax.devices()[:1])
-    self.placement = sharding.replicated(self.mesh)
-    self.exported = None
-    self._update = jax.jit(self._update_fn, donate_argnums=0)
+    config = types.SimpleNamespace(
+      seed=0,
+      data=types.SimpleNamespace(batch_size=1, accumulation=1),
+      eval=types.SimpleNamespace(batch_size=1, every=eval_every),
+      mesh=MeshSettings(),
+    )
+    super().__init__(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    self.steps, self.before, self.exported = steps, before, None
+    self._set_up({}, {})
 
-  def initial_state(self):
-    ballast = jax.random.normal(jax.random.key(0), (10_000,))  # its checkpoints fill a disk
-    state = {"step": jnp.zeros((), jnp.int32), "x": jnp.ones(3), "ballast": ballast}
-    return jax.device_put(state, self.placement)
+  def _fresh_state(self, key, given):
+    ballast = jax.random.normal(key, (10_000,))  # its checkpoints fill a disk
+    x = {"x": jnp.ones(3), "ballast": ballast}
+    return GeneratorState(jnp.zeros((), jnp.int32), x, {}, (), jnp.zeros(1), jnp.zeros(1))
 
-  def abstract_state(self):
-    def abstract(shape, dtype):
-      return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement)
+  def _local_batches(self, start):
+    return Batches(start)
 
-    ballast = abstract((10_000,), jnp.float32)
-    return {"step": abstract((), jnp.int32), "x": abstract((3,), jnp.float32), "ballast": ballast}
-
-  def overview(self, state):
-    return "three numbers"
-
-  def batches(self, step):
-    return Batches(step)
-
-  @staticmethod
-  def _update_fn(state, batch):
-    x = 0.9 * state["x"] + 0.1 * batch
-    values = {"loss": jnp.square(x).sum(), "parts": x}
-    return state | {"step": state["step"] + 1, "x": x}, values
+  def _update(self, state, frozen, key, batch):
+    x = 0.9 * state.params["x"] + 0.1 * batch["x"][0, 0]
+    state = state.replace(step=state.step + 1, params=state.params | {"x": x})
+    return state, {"loss": jnp.square(x).sum(), "parts": x}
 
   def step(self, state, batch):
-    self.before(int(jax.device_get(state["step"])))
-    return self._update(state, batch)
+    self.before(int(jax.device_get(state.step)))
+    return super().step(state, batch)
 
   def evaluate(self, state):
-    return {"distance": float(jnp.abs(state["x"]).sum())}
+    return {"distance": float(jnp.abs(state.params["x"]).sum())}
 
   def export(self, state, workdir):
-    self.exported = np.asarray(state["x"])
+    self.exported = np.asarray(state.params["x"])
 
 
 def run(trainer, workdir):
@@ -133,6 +130,13 @@ def test_complete_run_exports_again(tmp_path, reference):
   assert (tmp_path / "metrics.jsonl").read_text() == records
 
 
+def test_parameters_are_listed(tmp_path, caplog):
+  with caplog.at_level("INFO", "coda_jax"):
+    run(Toy(), tmp_path)
+  assert "trained: 2 arrays, 10,003 parameters, 0.0 MiB" in caplog.text
+  assert "ballast" in (tmp_path / "parameters.txt").read_text()
+
+
 def test_fewer_steps_than_done(tmp_path):
   run(Toy(), tmp_path)
   with pytest.raises(UserError, match="at step 6, past the 4 steps"):
@@ -149,11 +153,11 @@ def test_more_steps(tmp_path):
 
 def test_not_finite(tmp_path):
   class Diverges(Toy):
-    @staticmethod
-    def _update_fn(state, batch):
-      state, values = Toy._update_fn(state, batch)
-      bad = jnp.where(state["step"] == 4, jnp.nan, 0.0)
-      return state | {"x": state["x"] + bad}, values | {"parts": values["parts"] + bad}
+    def _update(self, state, frozen, key, batch):
+      state, values = super()._update(state, frozen, key, batch)
+      bad = jnp.where(state.step == 4, jnp.nan, 0.0)
+      params = state.params | {"x": state.params["x"] + bad}
+      return state.replace(params=params), values | {"parts": values["parts"] + bad}
 
   with pytest.raises(
     UserError, match="step 4: parts not finite; the checkpoint of step 2 is intact"

@@ -3,19 +3,15 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from coda_jax.functional import part, take_apart
-from flax import nnx
 
 from coda_jax import config as c
 from coda_jax import sharding, tokenize_dataset, weights
 from coda_jax.errors import UserError
-from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training import loop
 from coda_jax.training.logging import read_metrics
-from coda_jax.training.maskgit_trainer import TRAINED, MaskGITTrainer, MaskGITUpdate, draw_mask
+from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from tests import tiny
 from tests.conftest import assert_close
 from tests.training import runs
@@ -118,41 +114,6 @@ def test_eight_devices_equal_one(folder, trainer):
   assert_close(sharded["loss"], metrics["loss"], 1e-5)
   assert_close(sharded["level_loss"], metrics["level_loss"], 1e-5)
   assert_close(sharded["grad_norm"], metrics["grad_norm"], 1e-4)
-
-
-@pytest.mark.parametrize("ratio", ["beta", "cosine"])
-def test_masks(ratio):
-  levels = np.repeat(np.arange(3), [1, 4, 16])
-  key = jax.random.key(0)
-  mask = np.asarray(draw_mask(key, c.MaskingSettings(ratio=ratio), levels, 4000))
-  mean = 12 / 15 if ratio == "beta" else 2 / np.pi
-  assert mask.any(1).all() and abs(mask.mean() - mean) < 0.04
-  per_token = mask.mean(0)
-  assert np.ptp(per_token) < 0.05  # uniform over positions
-  ordered = c.MaskingSettings(ratio=ratio, order="coarse_to_fine")
-  mask = np.asarray(draw_mask(key, ordered, levels, 500))
-  partly = [mask[:, levels == i].any(1) & ~mask[:, levels == i].all(1) for i in range(3)]
-  assert (sum(partly) <= 1).all()
-  for coarse, fine in ((0, 1), (1, 2)):  # a coarse token is masked only if all finer ones are
-    assert mask[mask[:, levels == coarse].any(1)][:, levels == fine].all()
-
-
-@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
-def test_level_balance(balance):
-  """The gradient's loss weighs levels; what is logged of each level does not depend on it."""
-  m = MaskGITConfig(16, 0, 1, 2, (1, 2, 4), 32, embedding="table")
-  settings = c.MaskGITTrainConfig(
-    c.TokenDataSettings("", ""), masking=c.MaskingSettings(level_balance=balance), dtype="float32"
-  )
-  model, arrays = take_apart(MaskGIT(m, rngs=nnx.Rngs(0)))
-  params, frozen = part(arrays, model.select(TRAINED))
-  ids = jax.random.randint(jax.random.key(1), (8, 21), 0, 32)
-  sums = jax.jit(MaskGITUpdate(settings, m, model).sums, static_argnums=(5, 6))
-  args = params, frozen, ids, jnp.zeros(8, jnp.int32), jax.random.key(0), 0.0, 0.0
-  loss, (count, losses, _) = jax.device_get(sums(*args))
-  weight = np.array([1.0, 4.0, 16.0]) ** -balance
-  assert_close(loss, (losses * weight).sum() / (count * weight).sum(), 1e-5)
-  np.testing.assert_allclose(losses / count, np.log(32), rtol=0.1)  # a fresh model's guess
 
 
 def test_errors_name_both(folder, tmp_path):
