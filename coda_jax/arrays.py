@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-Leaf = Any  # a jax or NumPy array, or its shape, its sharding or how it is restored
-Arrays = dict[str, Leaf]
+Arrays = dict[str, Any]  # of jax or NumPy arrays, or of their shapes or shardings
+Tree = Any  # of the same, or of what orbax puts in their places
 
 
 def flatten(state: nnx.State) -> Arrays:

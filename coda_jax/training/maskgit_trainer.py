@@ -10,7 +10,7 @@ import optax
 from flax import nnx, struct
 
 from coda_jax import arrays, sharding, weights
-from coda_jax.arrays import Arrays, Leaf
+from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import MaskGITTrainConfig
 from coda_jax.data import tokens
 from coda_jax.errors import UserError
@@ -33,12 +33,12 @@ class GeneratorState:
     level_loss, level_accuracy: [levels], last seen: not every batch masks tokens of every level.
   """
 
-  step: Leaf
-  params: Arrays
-  ema: Arrays
+  step: Tree
+  params: Tree
+  ema: Tree
   optimizer: optax.OptState
-  level_loss: Leaf
-  level_accuracy: Leaf
+  level_loss: Tree
+  level_accuracy: Tree
 
 
 def _load_tokens(path: str, config: MaskGITTrainConfig, fields: dict) -> tokens.TokenSource:

@@ -13,7 +13,7 @@ import optax
 from flax import nnx, struct
 
 from coda_jax import arrays, sharding, weights
-from coda_jax.arrays import Arrays, Leaf
+from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
@@ -47,8 +47,8 @@ class DiscriminatorState:
     optimizer: optax state.
   """
 
-  params: Arrays
-  variables: Arrays
+  params: Tree
+  variables: Tree
   optimizer: optax.OptState
 
 
@@ -65,11 +65,11 @@ class TrainState:
     discriminator: empty without one.
   """
 
-  step: Leaf
-  params: Arrays
-  ema: Arrays
+  step: Tree
+  params: Tree
+  ema: Tree
   optimizer: optax.OptState
-  code_age: Leaf
+  code_age: Tree
   discriminator: DiscriminatorState
 
 
