@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from coda_jax.config import MaskingSettings
 from coda_jax.models.maskgit import MaskGIT
@@ -36,7 +36,7 @@ def draw_mask(
 
 def masked_loss(
   model: MaskGIT,
-  ids: Int[Array, "b n"],
+  ids: Integer[Array, "b n"],
   labels: Int[Array, "b"],
   key: PRNGKeyArray,
   masking: MaskingSettings,
