@@ -165,7 +165,7 @@ class MaskGITTrainer(Trainer):
       "level_loss": level_loss,
       "level_accuracy": level_accuracy,
       "masked": count.sum() / batch["ids"].size,
-      "grad_norm": optax.global_norm(gradients),
+      "grad_norm": optax.tree.norm(gradients),
       "learning_rate": self.learning_rate(state.step),
     }
     new = GeneratorState(state.step + 1, params, ema, optimizer, level_loss, level_accuracy)

@@ -272,7 +272,7 @@ class TokenizerTrainer(Trainer):
     ema = averaged(state.ema, params, ema_decay(config.ema, state.step, self.steps_per_epoch))
     age = code_age(state.code_age, counts.sum(0))
     metrics |= {
-      "grad_norm": optax.global_norm(gradients),
+      "grad_norm": optax.tree.norm(gradients),
       "learning_rate": self.learning_rate(state.step),
       "codebook_perplexity": _perplexity(counts),
       "codebook_utilization": jnp.mean(counts.sum(0) > 0),
@@ -280,7 +280,7 @@ class TokenizerTrainer(Trainer):
       "code_age_max": age.max(),
     }
     if self._networks.discriminator is not None:
-      metrics["disc_grad_norm"] = optax.global_norm(disc_gradients)
+      metrics["disc_grad_norm"] = optax.tree.norm(disc_gradients)
       disc_params, disc_optimizer = descend(
         self._disc_optimizer, disc_gradients, disc.optimizer, disc.params
       )

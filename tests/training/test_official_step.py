@@ -137,7 +137,7 @@ def test_update_is_the_official_one(golden):
       clip = optax.clip_by_global_norm(settings.clip)
       clipped, _ = clip.update(gradients, clip.init(params))
       updates, _ = transform.update(gradients, transform.init(params), params)
-      return optax.global_norm(gradients), clipped, updates
+      return optax.tree.norm(gradients), clipped, updates
 
     ours = step(optimizer, out.gradients, params)
     theirs = step(adversarial.optimizer, out.discriminator_gradients, heads.params)
