@@ -110,7 +110,7 @@ def test_codas_checkpoints_fit_and_are_written_with_their_keys(family, config, p
   [
     (flux_vae.SINGLE_FILE, ["flux_vae_bfl"]),
     (mar_vae.LAYOUT, ["mar_vae"]),
-    (lpips.TORCH, ["vgg16_torchvision", "lpips_vgg_heads"]),
+    (lpips.LAYOUT, ["vgg16_torchvision", "lpips_vgg_heads"]),
     (dino.LAYOUT, ["dino_deitsmall16"]),
     (coda.QUANTIZER, ["quantizer_flux_layer"]),
   ],
