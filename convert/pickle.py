@@ -38,9 +38,9 @@ def load(path: str | os.PathLike) -> Any:
   with path.open("rb") as f:
     if not os.fstat(f.fileno()).st_size:
       raise UserError(f"{path} is empty")
-    data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-      return _load_zip(f, data) if data[:4] == b"PK\x03\x04" else _load_stream(f, data)
+      return _load_zip(f, memoryview(mapped)) if mapped[:2] == b"PK" else _load_stream(mapped)
     except Refused as e:
       raise UserError(
         f"{path} holds {e}; only tensors, arrays and plain containers are read, "
@@ -96,7 +96,8 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, data: memoryview) -
   return np.frombuffer(data[start : start + entry.file_size], np.uint8)
 
 
-def _load_stream(stream: BinaryIO, data: memoryview) -> Any:
+def _load_stream(stream: mmap.mmap) -> Any:  # its reads never reserve more than there is
+  data = memoryview(stream)
   dtypes: dict[str, np.dtype] = {}
 
   def collect(pid):  # first pass: the types of the storages that follow the pickle

@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -185,13 +185,13 @@ class Unpickler(pickle._Unpickler):
   call of `find_class`.
 
   Args:
-    stream: read up to the end of the pickle.
+    stream: a binary file or `mmap`, read up to the end of the pickle.
     load_storage: gives the elements of the storage with a persistent id.
   """
 
   stack: list[Any]
 
-  def __init__(self, stream: BinaryIO, load_storage: Callable[[Any], Any]):
+  def __init__(self, stream: Any, load_storage: Callable[[Any], Any]):
     super().__init__(stream, encoding="latin1")
     self.memo = _Memo()
     self.persistent_load = load_storage

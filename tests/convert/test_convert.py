@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import resource
 import runpy
 import subprocess
 import sys
@@ -178,6 +177,15 @@ def test_any_float_type_is_kept_as_float32(tmp_path, dtype):
   assert (config["scale"], config["shift"]) == (2.0, 1.0)
 
 
+def test_null_in_the_diffusers_config_means_the_default(tmp_path):
+  nulls = {"scaling_factor": None, "shift_factor": 0.25, "norm_num_groups": None}
+  (tmp_path / "config.json").write_text(json.dumps(nulls))
+  assert files.diffusers_options(tmp_path / "vae.safetensors") == {"shift": 0.25}
+  (tmp_path / "config.json").write_text(json.dumps(nulls | {"scaling_factor": "wide"}))
+  with pytest.raises(UserError, match="config.json is damaged: .*wide"):
+    files.diffusers_options(tmp_path / "vae.safetensors")
+
+
 def test_dinos_key_bias_is_zeroed():
   state = full_size("dino_deitsmall16") | {"blocks.3.attn.qkv.bias": np.ones(1152, np.float32)}
   _, flat = convert.to_flat("dino", state)
@@ -280,6 +288,7 @@ def test_which_convolutions_are_adapted_is_read_from_the_keys(lora):
     ("coda-mar", lambda: small_state("flux", SMALL_LORA), "coda-flux"),
     ("mar-vae", lambda: full_size("vgg16_torchvision"), "lpips"),
     ("lpips", lambda: full_size("dino_deitsmall16"), "dino"),
+    ("lpips", lambda: {"VGG16_0": {"Conv_0": {"bias": np.zeros(64)}}}, "lpips --from-package"),
   ],
 )
 def test_a_file_of_another_layout_is_told(layout, state, other):
@@ -381,12 +390,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_left_when_the_disk_is_full(tmp_path):
   file = save(tmp_path / "vae.pth", small_state())
-
-  def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
+  limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]  # files of 100 KB
   words = [sys.executable, "-m", "convert", "mar-vae", file, "--output", tmp_path / "out"]
-  done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=small_files)
+  done = subprocess.run([*limited, *words], capture_output=True, text=True, check=False)
   assert done.returncode == 1
   (line,) = done.stderr.strip().splitlines()
   assert "model.safetensors: File too large" in line
