@@ -39,8 +39,9 @@ def load(path: str | os.PathLike) -> Any:
     if not os.fstat(f.fileno()).st_size:
       raise UserError(f"{path} is empty")
     mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    is_zip = mapped[:4] == b"PK\x03\x04"
     try:
-      return _load_zip(f, memoryview(mapped)) if mapped[:2] == b"PK" else _load_stream(mapped)
+      return _load_zip(f, memoryview(mapped)) if is_zip else _load_stream(mapped)
     except Refused as e:
       raise UserError(
         f"{path} holds {e}; only tensors, arrays and plain containers are read, "

@@ -1,9 +1,10 @@
 """Batches of images, made by grain on the host.
 
-A batch is a range of global indices of an `ImageStream`, and a process takes its own rows of it.
+A batch is a range of global indices of an `ImageStream`. A process takes its own rows of the batch.
 
-Images stay uint8 on the host, a quarter of the bytes to copy; `normalize` belongs in the jitted
-step. Nothing here calls jax: a worker process must not open the accelerator.
+Images stay uint8 on the host and on the way to the device, a quarter of the bytes of float32;
+`normalize` belongs in the jitted step. Nothing here calls jax, because a worker process must not
+open the accelerator.
 """
 
 import dataclasses
@@ -51,13 +52,13 @@ def local_size(batch_size: int, process_count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _LoadPart:
-  """Number of a part, counted over this process's batches -> the part; `parts` make one batch."""
+  """Loads a part of a batch by its number, counted over this process's batches."""
 
   stream: ImageStream
   first: int  # global index of this process's first image
   batch_size: int
-  part: int
-  parts: int
+  part: int  # images of a part
+  parts: int  # parts of this process in a batch
 
   def __call__(self, number: int) -> dict[str, Any]:
     batch, part = divmod(number, self.parts)
@@ -86,7 +87,10 @@ def _init_worker(index: int, count: int):
 
 
 def _check_shared_memory(needed: int):
-  """Workers hand images over in /dev/shm; when it is full they die of SIGBUS without a word."""
+  """Raises UserError if /dev/shm, where workers hand images over, has less than `needed` bytes.
+
+  A worker that finds it full dies of SIGBUS without a message.
+  """
   try:
     stat = os.statvfs("/dev/shm")
   except OSError:  # not Linux
@@ -100,7 +104,7 @@ def _check_shared_memory(needed: int):
 
 
 def _close(iterators: list[grain.DatasetIterator]):
-  while iterators:  # also drops grain's iterators, which complain if they outlive their module
+  while iterators:  # grain's iterators complain if they outlive their module: drop them too
     iterators.pop().close()
 
 

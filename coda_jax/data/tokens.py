@@ -1,11 +1,12 @@
 """Tokens of images in ArrayRecord files, and batches of them.
 
-A directory holds `manifest.json` and shards `tokens-00000-of-00004.array_record`. A record is many
-images (reading one record an image would cost more than everything else): the header, labels
-int32 [k], ids [k, N] of uint16 or, above 65,536 codes, int32; all little-endian.
+A directory holds `manifest.json` and shards `tokens-00000-of-00004.array_record`. A record holds k
+images, because reading costs as much for a record of one image as for one of many. It is the header,
+labels int32 [k], and ids [k, N] of uint16 or, above 65,536 codes, int32; all little-endian.
 
-The stream of training images is a pure function of (seed, global index): in every epoch the records
-are permuted, a window of _WINDOW records is permuted image by image, windows follow one another.
+The stream of training images is a pure function of (seed, global index). Every epoch permutes the
+records and cuts them into windows of `_WINDOW` records. The images of a window are permuted, and
+windows follow one another.
 """
 
 import dataclasses
@@ -25,11 +26,11 @@ from coda_jax.errors import UserError
 
 FORMAT = "coda_jax tokens 1"
 MANIFEST = "manifest.json"
-RECORD_IMAGES = 64
+RECORD_IMAGES = 64  # k, but for the last record of a shard
 _HEADER = struct.Struct("<4sHHII")  # magic, bytes of an id, 0, images, tokens of an image
 _MAGIC = b"CJT1"
 _ID_TYPES = {2: "<u2", 4: "<i4"}  # by their bytes
-_WINDOW = 256  # records
+_WINDOW = 256
 
 
 def id_type(codebook_size: int) -> type:
@@ -44,7 +45,7 @@ def pack(ids: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
-  """(ids [k, N], labels int32 [k]) of a record. Raises ValueError if it is none."""
+  """(ids [k, N], labels int32 [k]) of a record. Raises ValueError if the bytes are no record."""
   header = record[: _HEADER.size].ljust(_HEADER.size, b"\0")
   magic, size, _, images, tokens = _HEADER.unpack(header)
   whole = len(record) == _HEADER.size + images * (4 + size * tokens)
@@ -56,7 +57,7 @@ def unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_manifest(path: str | os.PathLike) -> dict:
-  """The manifest of a directory of tokens. Raises UserError if it is none."""
+  """The manifest of a directory. Raises UserError if the directory holds no tokens."""
   file = pathlib.Path(path) / MANIFEST
   if not file.is_file():
     raise UserError(f"{path} holds no tokens: no {MANIFEST}; `coda_jax.tokenize_dataset` makes it")
