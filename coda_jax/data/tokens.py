@@ -1,8 +1,9 @@
 """Tokens of images in ArrayRecord files, and batches of them.
 
 A directory holds `manifest.json` and shards `tokens-00000-of-00004.array_record`. A record holds k
-images, because reading costs as much for a record of one image as for one of many. It is the header,
-labels int32 [k], and ids [k, N] of uint16 or, above 65,536 codes, int32; all little-endian.
+images, because reading costs as much for a record of one image as for one of many. The record is
+the header, labels int32 [k], and ids [k, N] of uint16 or, above 65,536 codes, int32; all
+little-endian.
 
 The stream of training images is a pure function of (seed, global index). Every epoch permutes the
 records and cuts them into windows of `_WINDOW` records. The images of a window are permuted, and

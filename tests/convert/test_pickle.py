@@ -122,7 +122,7 @@ def test_runs_nothing(tmp_path, form, attack):
   sentinel = tmp_path / "ran"
   evil = {
     "os.system": Evil(os.system, f"touch {sentinel}"),
-    "builtins.eval": Evil(eval, f"open({str(sentinel)!r}, 'w')"),
+    "builtins.eval": Evil(eval, f"open({str(sentinel)!r}, 'w').close()"),
     "builtins.exec": Evil(exec, f"open({str(sentinel)!r}, 'w').close()"),
   }[attack]
   pickled = python_pickle.dumps({"weight": np.zeros(3), "extra": evil}, 2)
