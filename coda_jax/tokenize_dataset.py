@@ -9,16 +9,19 @@ import concurrent.futures
 import json
 import logging
 import pathlib
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from coda_jax import cli, weights
-from coda_jax.data import decode, pipeline, sources, tokens
+from coda_jax import arrays, cli, outputs, weights
+from coda_jax.data import decode, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
 
 log = logging.getLogger("coda_jax")
+
+_ORDER = 2  # the version of which images a shard holds; manifests without it are of version 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
     raise cli.UsageError("--batch-size, --shards, --random-crops or --resize-ratio is too small")
   source = sources.open_source(args.data)
   fields = weights.read_config(args.tokenizer, "tokenizer")
-  views = _views(args)
-  images = len(source) * len(views)
+  images = len(source) * len(_views(args))
   shards = min(len(source), args.shards or -(-images // 10_000))
   manifest = {
     "format": tokens.FORMAT,
@@ -64,20 +66,21 @@ def run(args: argparse.Namespace) -> None:
     "flip": args.flip,
     "resize_ratio": args.resize_ratio,
     "seed": args.seed,
+    "order": _ORDER,
     "shards": [{"file": f"tokens-{i:05}-of-{shards:05}.array_record"} for i in range(shards)],
   }
   if _claim(args.output, manifest):
     log.info("%s is complete", args.output)
     return
-  encode = _encoder(args.tokenizer, fields)
-  order = np.random.default_rng((args.seed, 2)).permutation(len(source))
+  encode = _encoder(args.tokenizer, manifest["codebook_size"])
+  order = rng.generator(args.seed, rng.Stream.TOKEN_ORDER).permutation(len(source))
   for i, shard in enumerate(manifest["shards"]):
-    counts = args.output / f"{shard['file']}.json"  # written before the shard takes its name
-    if not (args.output / shard["file"]).is_file():
+    file = args.output / shard["file"]
+    if not file.is_file():
       rows = order[i * len(source) // shards : (i + 1) * len(source) // shards]
-      _write_shard(args, source, views, rows, encode, manifest, args.output / shard["file"], counts)
+      _write_shard(args, source, rows, encode, manifest["image_size"], file)
       log.info("%s: shard %d of %d", args.output, i + 1, shards)
-    shard |= json.loads(counts.read_text())
+    shard |= json.loads(_counts_file(file).read_text())
   manifest["images"] = sum(s["images"] for s in manifest["shards"])
   manifest["unreadable"] = sum(s["unreadable"] for s in manifest["shards"])
   if manifest["unreadable"] > pipeline.MAX_UNREADABLE * len(source):
@@ -89,20 +92,22 @@ def run(args: argparse.Namespace) -> None:
   log.info("%s: tokens of %d images", args.output, manifest["images"])
 
 
-def _views(args) -> list[tuple]:
-  """(position or None for a random one, mirrored) of every crop; positions are corners or -1."""
-  corners = [("top", "left"), ("top", "right"), ("bottom", "left"), ("bottom", "right"), "centre"]
+def _views(args: argparse.Namespace) -> list[tuple[str, bool]]:
+  """(place, mirrored) of every crop of an image; the places: a corner, "centre" or "random"."""
   if args.ten_crop:
-    return [(c, flip) for c in corners for flip in (False, True)]
-  crops = ["random"] * args.random_crops or ["centre"]
-  return [(c, flip) for c in crops for flip in ((False, True) if args.flip else (False,))]
+    places = ["top left", "top right", "bottom left", "bottom right", "centre"]
+  else:
+    places = ["random"] * args.random_crops or ["centre"]
+  mirrored = (False, True) if args.flip or args.ten_crop else (False,)
+  return [(place, flip) for place in places for flip in mirrored]
 
 
 def _claim(output: pathlib.Path, manifest: dict) -> bool:
   """Writes the manifest of a new directory; True if what is there is complete.
 
   Raises:
-    UserError: the directory holds tokens of another tokenizer or of other settings.
+    UserError: the directory holds tokens of another tokenizer or of other settings, or part of
+      what another version wrote.
   """
   file = output / tokens.MANIFEST
   if not file.exists():
@@ -119,108 +124,106 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
     theirs = there.get(key)
     if key == "shards":
       ours, theirs = len(ours), len(theirs)
-    if key != "complete" and ours != theirs:
+    if key not in ("complete", "order") and ours != theirs:
       raise UserError(
         f"{output} holds tokens with {key} {theirs!r}, not {ours!r}; take a new --output"
       )
+  if not there["complete"] and there.get("order") != manifest["order"]:
+    raise UserError(
+      f"{output} is unfinished, and the version that began it takes the images in another order; "
+      "take a new --output"
+    )
   return there["complete"]
 
 
-def _write_json(file: pathlib.Path, value) -> None:
-  aside = file.with_name(file.name + ".partial")
-  aside.write_text(json.dumps(value, indent=1) + "\n")
-  aside.rename(file)
+def _write_json(file: pathlib.Path, value: dict) -> None:
+  outputs.write_text(file, json.dumps(value, indent=1) + "\n")
 
 
-def _encoder(path: str, fields: dict):
+def _counts_file(shard: pathlib.Path) -> pathlib.Path:
+  """How many images a shard holds; there before the shard is."""
+  return shard.with_name(f"{shard.name}.json")
+
+
+def _encoder(path: str, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
   """Images uint8 [B, H, W, 3] to ids [B, N], on all devices if they divide B."""
-  graphdef, state = nnx.split(weights.load_tokenizer(path))
-  kind = tokens.id_type(fields["quantizer"]["codebook_size"])
+
+  def ids(tokenizer, images):
+    levels = tokenizer.encode(pipeline.normalize(images))
+    return jnp.concatenate([level.reshape(len(images), -1) for level in levels], 1)
+
+  encode = arrays.jit_module(ids)(weights.load_tokenizer(path))
   mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
-  @jax.jit
-  def encode(state, images):
-    ids = nnx.merge(graphdef, state).encode(pipeline.normalize(images))
-    return jax.numpy.concatenate([i.reshape(len(images), -1) for i in ids], 1)
-
   def run(images):
     even = len(images) % mesh.size == 0
-    images = jax.device_put(images, split if even else None)
-    return np.asarray(encode(state, images)).astype(kind)
+    found = encode(jax.device_put(images, split if even else None))
+    return np.asarray(found).astype(tokens.id_type(codebook_size))
 
   return run
 
 
-def _crops(args, source, views, image_size: int, row: int):
-  """(crops [views, H, W, 3] or the reason why there are none, label)."""
+def _crops(
+  args: argparse.Namespace, source: sources.ImageSource, size: int, row: int
+) -> tuple[list[np.ndarray] | str, int]:
+  """(a crop uint8 [size, size, 3] of every view, label), or (why there are none, -1)."""
   try:
     data, label = source[row]
     image = decode.decode_image(data)
     crops = []
-    for i, (where, flip) in enumerate(views):
+    for i, (place, flip) in enumerate(_views(args)):
       position = None
-      if where == "random":  # a mirrored crop is that of its own random numbers
-        position = tuple(pipeline._random_words(args.seed, 3, row, i)[:2])
-      elif where != "centre":
-        side = max(image_size, round(args.resize_ratio * image_size))
-        w, h = decode._resized(image.size, side)
+      if place == "random":  # a mirrored crop is that of its own random numbers
+        position = tuple(rng.words(args.seed, rng.Stream.TOKEN_CROP, row, i)[:2])
+      elif place != "centre":
+        shorter = max(size, round(args.resize_ratio * size))
+        width, height = decode.resized_size(image.size, shorter)
         position = (
-          0 if where[0] == "top" else h - image_size,
-          0 if where[1] == "left" else w - image_size,
+          0 if place.startswith("top") else height - size,
+          0 if place.endswith("left") else width - size,
         )
-      crops.append(
-        decode.resize_and_crop(
-          image, image_size, resize_ratio=args.resize_ratio, position=position, flip=flip
-        )
-      )
-    return np.stack(crops), label
+      options = {"resize_ratio": args.resize_ratio, "position": position, "flip": flip}
+      crops.append(decode.resize_and_crop(image, size, **options))
+    return crops, label
   except (decode.UnreadableImage, OSError) as e:
     return str(e), -1
 
 
-def _write_shard(args, source, views, rows, encode, manifest, file, counts) -> None:
+def _write_shard(
+  args: argparse.Namespace,
+  source: sources.ImageSource,
+  rows: np.ndarray,
+  encode: Callable[[np.ndarray], np.ndarray],
+  size: int,
+  file: pathlib.Path,
+) -> None:
   """Writes the shard of the images `rows`, and how many they were."""
-  writer_type, _ = tokens._import_array_record()
-  ids, labels, waiting, unreadable = [], [], [], 0
-  size, n = manifest["image_size"], args.batch_size
-
-  def flush(last: bool) -> None:
-    nonlocal waiting
-    images = np.concatenate(waiting) if waiting else np.zeros((0, size, size, 3), np.uint8)
-    while len(images) >= n or (last and len(images)):
-      batch, images = images[:n], images[n:]
-      padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
-      padded[: len(batch)] = batch
-      ids.append(encode(padded)[: len(batch)])
-    waiting = [images] if len(images) else []
-
+  ids, labels, unreadable, n = [], [], 0, args.batch_size
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(rows), n):  # not all at once: decoded images are large
       part = [int(r) for r in rows[start : start + n]]
-      found = pool.map(lambda r: _crops(args, source, views, size, r), part)
-      for row, (crops, label) in zip(part, found, strict=True):
-        if isinstance(crops, str):
+      crops = []
+      found = pool.map(lambda row: _crops(args, source, size, row), part)
+      for row, (views, label) in zip(part, found, strict=True):
+        if isinstance(views, str):
           unreadable += 1
-          log.warning("unreadable image %s (%s): left out", source.name(row), crops)
+          log.warning("unreadable image %s (%s): left out", source.name(row), views)
           continue
-        waiting.append(crops)
+        crops += views
         labels += [label] * len(views)
-        if sum(map(len, waiting)) >= n:
-          flush(last=False)
-  flush(last=True)
+      for first in range(0, len(crops), n):
+        batch = crops[first : first + n]
+        padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
+        padded[: len(batch)] = batch
+        ids.append(encode(padded)[: len(batch)])
   labels = np.asarray(labels, np.int32)
   if ids:
-    mixed = np.random.default_rng((args.seed, 4, int(rows[0]))).permutation(len(labels))
+    mixed = rng.generator(args.seed, rng.Stream.TOKEN_MIX, int(rows[0])).permutation(len(labels))
     ids, labels = np.concatenate(ids)[mixed], labels[mixed]
-  aside = file.with_name(file.name + ".partial")
-  writer = writer_type(str(aside), "group_size:1")
-  for start in range(0, len(labels), tokens.RECORD_IMAGES):
-    part = slice(start, start + tokens.RECORD_IMAGES)
-    writer.write(tokens.pack(ids[part], labels[part]))
-  writer.close()
-  _write_json(counts, {"images": len(labels), "unreadable": unreadable})
-  aside.rename(file)
+  _write_json(_counts_file(file), {"images": len(labels), "unreadable": unreadable})
+  parts = [slice(i, i + tokens.RECORD_IMAGES) for i in range(0, len(labels), tokens.RECORD_IMAGES)]
+  records.write(file, (tokens.pack(ids[p], labels[p]) for p in parts))
 
 
 def main(argv=None):

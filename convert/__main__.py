@@ -2,8 +2,9 @@
 
 import argparse
 
-import convert
 from coda_jax import cli
+
+from .api import convert, to_torch
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -11,7 +12,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+  parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
   layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
 
   def add(name, inputs, text, nargs=1):
@@ -59,9 +60,9 @@ def _run(args: argparse.Namespace) -> None:
   if layout == "lpips" and bool(inputs) == options["from_package"]:
     raise cli.UsageError("lpips: give files, or --from-package")
   if layout == "to-torch":
-    convert.to_torch(*inputs, output, **options)
+    to_torch(*inputs, output, **options)
   else:
-    convert.convert(layout, inputs, output, **options)
+    convert(layout, inputs, output, **options)
   print(f"wrote {output}")
 
 

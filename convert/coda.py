@@ -1,6 +1,6 @@
 """CODA's `quantizer.pth`. Its VAE files have the layouts of `mar_vae` and `flux_vae`."""
 
-from convert.rules import LINEAR, Layout, Rule
+from .rules import LINEAR, Layout, Rule
 
 QUANTIZER = Layout(
   title="CODA's quantizer",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from convert.rules import CONV, LINEAR, Layout, Rule, Transform
+from .rules import CONV, LINEAR, Layout, Rule, Transform
 
 
 def _without_key_bias(x):

@@ -1,4 +1,4 @@
-"""Weight files in, directories out."""
+"""Which files an input means, and what is in them."""
 
 import json
 import math
@@ -11,8 +11,10 @@ import ml_dtypes
 import numpy as np
 
 from coda_jax.errors import UserError
-from convert import pickle
 
+from . import pickle
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _SAFETENSORS = {
   "F64": np.float64,
   "F32": np.float32,
@@ -75,3 +77,63 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged: {e!r}") from e
   return out
+
+
+def find(layout: str, path: pathlib.Path, ema: bool) -> list[pathlib.Path]:
+  """The weight files that an input means: itself, or what lies in a folder.
+
+  Args:
+    layout: one of `reading.LAYOUTS`.
+    path: a file or folder; for `coda-mar` and `coda-flux` the folder of the VAE and the quantizer.
+    ema: of a CODA checkpoint, take the averaged weights where both are there.
+
+  Raises:
+    UserError: no file, or several.
+  """
+  if layout in ("coda-mar", "coda-flux"):
+    if not path.is_dir():
+      raise UserError(f"{path}: give the folder that holds vae_ema.pth and quantizer_ema.pth")
+    return [_checkpoint(path, part, ema) for part in ("vae", "quantizer")]
+  if not path.is_dir():
+    return [path]
+  found = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS)
+  if len(found) > 1:
+    names = ", ".join(p.name for p in found)
+    raise UserError(f"{path} holds several weight files ({names}); name one")
+  if not found:
+    raise UserError(f"{path} holds no weight file ({', '.join(_ENDINGS)})")
+  return found
+
+
+def _checkpoint(folder: pathlib.Path, part: str, ema: bool) -> pathlib.Path:
+  stems = [f"{part}_ema", part] if ema else [part]
+  for stem in stems:
+    for ending in _ENDINGS:
+      if (folder / f"{stem}{ending}").is_file():
+        return folder / f"{stem}{ending}"
+  raise UserError(f"{folder} holds no {' or '.join(f'{s}.pth' for s in stems)}")
+
+
+def diffusers_options(file: pathlib.Path) -> dict[str, float]:
+  """Latent scale, shift and norm groups of the `config.json` beside a diffusers file.
+
+  What is not there or null is left to the defaults. Only a null shift means none.
+
+  Raises:
+    UserError: the file is no JSON, or a value is no number.
+  """
+  path = file.parent / "config.json"
+  if not path.is_file():
+    return {}
+  try:
+    fields = json.loads(path.read_text())
+    if not isinstance(fields, dict) or "scaling_factor" not in fields:
+      return {}
+    options = {"shift": float(fields.get("shift_factor") or 0.0)}
+    if fields["scaling_factor"] is not None:
+      options["scale"] = float(fields["scaling_factor"])
+    if fields.get("norm_num_groups") is not None:
+      options["norm_groups"] = int(fields["norm_num_groups"])
+    return options
+  except (ValueError, TypeError) as e:
+    raise UserError(f"{path} is damaged: {e}") from e

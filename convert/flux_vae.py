@@ -3,8 +3,8 @@
 The diffusers layout with `lora_layer` entries is `vae.pth` of CODA's FLUX checkpoints.
 """
 
-from convert import mar_vae
-from convert.rules import CONV, POINTWISE, Layout, Rule
+from . import mar_vae
+from .rules import CONV, POINTWISE, Layout, Rule
 
 _ATTENTION = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
 

@@ -3,7 +3,7 @@
 The same with `lora_layer` entries is `vae.pth` and `vae_ema.pth` of CODA's MAR checkpoints.
 """
 
-from convert.rules import CONV, Layout, Rule
+from .rules import CONV, Layout, Rule
 
 RULES = (
   Rule("{norm}.weight", "{norm}.scale"),

@@ -1,5 +1,8 @@
 """Token files: what is in them, and that a kill loses and doubles nothing."""
 
+import json
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,6 +80,23 @@ def test_continues_after_a_kill(folder, flipped, tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours, expected)
 
 
+def test_what_an_older_version_left_is_refused_if_unfinished(folder, flipped, tmp_path):
+  # Its shards hold other images: to go on would lose some and double others.
+  old = tmp_path / "old"
+  shutil.copytree(flipped.path, old)
+  file = old / tokens.MANIFEST
+  manifest = json.loads(file.read_text())
+  del manifest["order"]
+  file.write_text(json.dumps(manifest))
+  assert len(tokenize(folder, old, "--flip")) == 48  # complete
+  file.write_text(json.dumps(manifest | {"complete": False}))
+  (old / manifest["shards"][1]["file"]).unlink()
+  before = sorted(p.name for p in old.iterdir())
+  with pytest.raises(UserError, match="old is unfinished, and the version .* another order; take"):
+    tokenize(folder, old, "--flip")
+  assert sorted(p.name for p in old.iterdir()) == before
+
+
 def test_ten_crop_and_random_crops_count(folder, tmp_path):
   ten = tokenize(folder, tmp_path / "ten", "--ten-crop")
   assert len(ten) == 240 and ten.manifest["images"] == 240
@@ -102,31 +122,3 @@ def test_an_unreadable_image_is_left_out_and_too_many_are_an_error(folder, tmp_p
   monkeypatch.setattr(pipeline, "MAX_UNREADABLE", 0.5)
   source = tokenize(tmp_path, tmp_path / "out")
   assert len(source) == 23 and source.manifest["unreadable"] == 1
-
-
-def batches(source, count, **options):
-  stream = tokens.TokenBatches(source, batch_size=10, seed=3, **options)
-  found = [next(stream)["ids"] for _ in range(count)]
-  stream.close()
-  return found
-
-
-def test_the_order_is_a_function_of_seed_and_index(flipped):
-  whole = np.concatenate(batches(flipped, 10))
-  np.testing.assert_array_equal(np.concatenate(batches(flipped, 7, start=30)), whole[30:])
-  halves = [batches(flipped, 10, process_index=i, process_count=2) for i in range(2)]
-  together = np.concatenate([x for pair in zip(*halves, strict=True) for x in pair])
-  np.testing.assert_array_equal(together, whole)
-  epochs = [sorted(map(tuple, x)) for x in (whole[:48], whole[48:96], everything(flipped)[0])]
-  assert epochs[0] == epochs[1] == epochs[2]
-  assert not np.array_equal(whole[:48], whole[48:96])
-
-
-def test_damaged_files_are_named(folder, tmp_path):
-  source = tokenize(folder, tmp_path / "out")
-  file = tmp_path / "out" / source.manifest["shards"][1]["file"]
-  file.unlink()
-  with pytest.raises(UserError, match=file.name):
-    tokens.TokenSource(tmp_path / "out")
-  with pytest.raises(UserError, match="holds no tokens"):
-    tokens.TokenSource(folder / "images")

@@ -74,8 +74,12 @@ def decode_image(data: bytes) -> Image.Image:
   return image if upright is None else image.transpose(upright)
 
 
-def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-  """(width, height) with the shorter edge `shorter`, the longer floor(shorter * long / short)."""
+def resized_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+  """(width, height) with the shorter edge `shorter`, the longer floor(shorter * long / short).
+
+  Raises:
+    UnreadableImage: the result would exceed Pillow's limit for one image.
+  """
   w, h = size
   long = int(shorter * max(w, h) / min(w, h))
   if Image.MAX_IMAGE_PIXELS and shorter * long > Image.MAX_IMAGE_PIXELS:
@@ -128,9 +132,9 @@ def resize_and_crop(
   """
   size = image.size
   if resize_ratio is not None:
-    size = _resized(size, max(image_size, round(resize_ratio * image_size)))
+    size = resized_size(size, max(image_size, round(resize_ratio * image_size)))
   elif min(size) < image_size:
-    size = _resized(size, image_size)
+    size = resized_size(size, image_size)
   columns, rows = size[0] - image_size, size[1] - image_size
   if position is None:
     top, left = round(rows / 2), round(columns / 2)

@@ -1,13 +1,10 @@
 """Batches of images, made by grain on the host.
 
-The stream of training images is a pure function of (seed, global index): image g of the stream is
-row permutation(seed, g // n)[g % n] of the n rows, cropped by random numbers that depend on
-(seed, g) alone. A batch is a range of global indices and a process takes its own rows of it. So
-neither the number of processes, nor of workers, nor a restart changes anything in the stream, and
-a checkpoint needs only the count of images consumed.
+A batch is a range of global indices of an `ImageStream`. A process takes its own rows of the batch.
 
-Images stay uint8 on the host, a quarter of the bytes to copy; `normalize` belongs in the jitted
-step. Nothing here calls jax: a worker process must not open the accelerator.
+Images stay uint8 on the host and on the way to the device, a quarter of the bytes of float32;
+`normalize` belongs in the jitted step. Nothing here calls jax, because a worker process must not
+open the accelerator.
 """
 
 import dataclasses
@@ -23,16 +20,14 @@ from typing import Any, Literal
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 from jaxtyping import Bool
 
-from coda_jax.data import decode, sources
+from coda_jax.data import sources
+from coda_jax.data.image_stream import MAX_ATTEMPTS, ImageStream
 from coda_jax.errors import UserError
 
-MAX_ATTEMPTS = 16  # replacements tried for one image before the data are given up
-MAX_UNREADABLE = 0.01
+MAX_UNREADABLE = 0.01  # of the images read
 MAX_PART = 8  # images that grain handles as one element
-_SHUFFLE, _CROP, _REPLACE = range(3)  # independent random streams
 
 logger = logging.getLogger(__name__)
 
@@ -42,87 +37,28 @@ def normalize(images):
   return images.astype(np.float32) / 127.5 - 1
 
 
-def _random_words(seed: int, stream: int, *keys: int) -> list[int]:
-  """Four random 64-bit integers, a pure function of the arguments on any machine."""
-  return [
-    int(w) for w in np.random.SeedSequence((seed, stream, *keys)).generate_state(4, np.uint64)
-  ]
+def local_size(batch_size: int, process_count: int) -> int:
+  """Images of one process in a global batch.
 
-
-def source_row(seed: int, global_index: int, n: int, attempt: int = 0) -> int:
-  """The row, of n, that image `global_index` of the training stream is read from.
-
-  Every epoch of n images is a permutation of all rows. Attempts from 1 on are the replacements
-  for rows that could not be read.
+  Raises:
+    UserError: the batch does not divide.
   """
-  if attempt:
-    return _random_words(seed, _REPLACE, global_index, attempt)[0] % n
-  epoch, position = divmod(global_index, n)
-  if n == 1:
-    return 0
-  epoch_seed = _random_words(seed, _SHUFFLE, epoch)[0] % 2**32
-  return index_shuffle(position, max_index=n - 1, seed=epoch_seed, rounds=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-  """Which image stands at a global index; this is what worker processes run."""
-
-  source: sources.ImageSource
-  image_size: int
-  resize_ratio: float | None
-  crop: Literal["center", "random"]
-  seed: int
-  flip: bool
-  rows: int | None  # rows of one evaluation pass; None for the endless shuffled stream
-
-  def row(self, g: int, attempt: int) -> int:
-    n = len(self.source)
-    return source_row(self.seed, g, n, attempt) if self.rows is None else g * n // self.rows
-
-  def load(self, global_indices: Sequence[int]) -> dict[str, Any]:
-    """Part of a batch, as `Batches` describes, with what could not be read under `failed`."""
-    b = len(global_indices)
-    part = {
-      "image": np.zeros((b, self.image_size, self.image_size, 3), np.uint8),
-      "label": np.full(b, -1, np.int32),
-      "index": np.full(b, -1, np.int64),
-      "valid": np.zeros(b, bool),
-      "failed": [],  # (row, reason): the main process counts and logs
-    }
-    for i, g in enumerate(global_indices):
-      if self.rows is not None and g >= self.rows:  # padding
-        continue
-      words = _random_words(self.seed, _CROP, g)
-      # An evaluation leaves out what it cannot read: a replacement would count another one twice.
-      for attempt in range(MAX_ATTEMPTS if self.rows is None else 1):
-        row = self.row(g, attempt)
-        try:
-          data, label = self.source[row]
-          part["image"][i] = decode.resize_and_crop(
-            decode.decode_image(data),
-            self.image_size,
-            resize_ratio=self.resize_ratio,
-            position=(words[0], words[1]) if self.crop == "random" else None,
-            flip=self.flip and words[2] % 2 == 1,
-          )
-        except (decode.UnreadableImage, OSError) as e:
-          part["failed"].append((row, str(e)))
-          continue
-        part["label"][i], part["index"][i], part["valid"][i] = label, row, True
-        break
-    return part
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(
+      f"batch size {batch_size} must be a positive multiple of the {process_count} processes"
+    )
+  return batch_size // process_count
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadPart:
-  """Number of a part, counted over this process's batches -> the part; `parts` make one batch."""
+  """Loads a part of a batch by its number, counted over this process's batches."""
 
-  stream: _Stream
+  stream: ImageStream
   first: int  # global index of this process's first image
   batch_size: int
-  part: int
-  parts: int
+  part: int  # images of a part
+  parts: int  # parts of this process in a batch
 
   def __call__(self, number: int) -> dict[str, Any]:
     batch, part = divmod(number, self.parts)
@@ -151,7 +87,10 @@ def _init_worker(index: int, count: int):
 
 
 def _check_shared_memory(needed: int):
-  """Workers hand images over in /dev/shm; when it is full they die of SIGBUS without a word."""
+  """Raises UserError if /dev/shm, where workers hand images over, has less than `needed` bytes.
+
+  A worker that finds it full dies of SIGBUS without a message.
+  """
   try:
     stat = os.statvfs("/dev/shm")
   except OSError:  # not Linux
@@ -165,7 +104,7 @@ def _check_shared_memory(needed: int):
 
 
 def _close(iterators: list[grain.DatasetIterator]):
-  while iterators:  # also drops grain's iterators, which complain if they outlive their module
+  while iterators:  # grain's iterators complain if they outlive their module: drop them too
     iterators.pop().close()
 
 
@@ -189,7 +128,7 @@ class Batches:
 
   def __init__(
     self,
-    stream: _Stream,
+    stream: ImageStream,
     *,
     batch_size: int,
     start: int,
@@ -198,16 +137,12 @@ class Batches:
     process_count: int,
     workers: int,
   ):
-    if batch_size < 1 or batch_size % process_count:
-      raise UserError(
-        f"batch size {batch_size} must be a positive multiple of the {process_count} processes"
-      )
+    local = local_size(batch_size, process_count)
     self.source, self.class_names = stream.source, stream.source.class_names
     self.consumed, self.read, self.unreadable = start, 0, 0
     self._batch_size, self._training = batch_size, stream.rows is None
     self._length = -(-images // batch_size)
     self._named: set[int] = set()
-    local = batch_size // process_count
     # grain handles parts of a batch: its cost per element is that of decoding a small image.
     part = next(k for k in range(min(local, MAX_PART), 0, -1) if local % k == 0)
     parts = local // part
@@ -323,7 +258,7 @@ def train_batches(
     UserError: bad spec, or a batch size that process_count does not divide; later, unreadable data.
   """
   source = _open(spec_or_source)
-  stream = _Stream(source, image_size, resize_ratio, "random", seed, flip, rows=None)
+  stream = ImageStream(source, image_size, resize_ratio, "random", seed, flip, rows=None)
   return Batches(
     stream,
     batch_size=batch_size,
@@ -361,7 +296,7 @@ def eval_batches(
   """
   source = _open(spec_or_source)
   rows = len(source) if limit is None else min(limit, len(source))
-  stream = _Stream(source, image_size, resize_ratio, crop, seed, flip=False, rows=rows)
+  stream = ImageStream(source, image_size, resize_ratio, crop, seed, flip=False, rows=rows)
   return Batches(
     stream,
     batch_size=batch_size,

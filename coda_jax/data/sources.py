@@ -18,15 +18,13 @@ import struct
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
+from coda_jax import outputs
+from coda_jax.data import records
 from coda_jax.data.decode import UnreadableImage
+from coda_jax.data.folder import FolderSource, subfolders
+from coda_jax.data.records import first_line
 from coda_jax.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset(
-  ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
-)
-_SPLITS = ("train", "val", "validation", "test")
 EMBEDDED_PHOTOS = pathlib.Path(__file__).parents[2] / "assets" / "photos"
 
 
@@ -43,115 +41,6 @@ class ImageSource(Protocol):
     ...
 
   def name(self, row: int) -> str: ...
-
-
-def _subfolders(folder: pathlib.Path) -> list[str]:
-  return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _is_image(name: str) -> bool:
-  return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _images_below(folder: str, seen: set[tuple[int, int]]) -> list[str]:
-  """Paths of all images in `folder` and below, sorted; `seen` guards against circular links."""
-  stat = os.stat(folder)
-  if (stat.st_dev, stat.st_ino) in seen:
-    return []
-  seen.add((stat.st_dev, stat.st_ino))
-  found = []
-  for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-    if entry.name.startswith("."):
-      continue
-    if entry.is_dir():
-      found += _images_below(entry.path, seen)
-    elif _is_image(entry.name):
-      found.append(entry.path)
-  return found
-
-
-class FolderSource:
-  """Image files in class folders, or in one flat folder (label -1).
-
-  Rows are ordered by class and then by path. Labels number the sorted class folders: those of all
-  of train, val, validation and test that lie side by side, so that a label means the same class in
-  every split.
-
-  Raises:
-    UserError: the folder is missing, unreadable, or without images, or its layout is ambiguous.
-  """
-
-  def __init__(self, root: str | os.PathLike, split: str | None = None):
-    root = pathlib.Path(root).expanduser()
-    if not root.is_dir():
-      raise UserError(f"image folder {root} does not exist or is not a folder")
-    if split is not None:
-      if not (root / split).is_dir():
-        there = ", ".join(_subfolders(root)) or "none"
-        raise UserError(f"image folder {root} has no split {split!r}; folders there: {there}")
-      root = root / split
-    self.root = str(root)
-    try:
-      files, labels = self._scan(root, split)
-    except OSError as e:
-      raise UserError(f"image folder {root} cannot be read: {e}") from e
-    # One blob instead of a million strings: what each worker process gets is small.
-    names = [os.fsencode(os.path.relpath(f, root)) for f in files]
-    self._names = b"".join(names)
-    self._ends = np.cumsum([len(n) for n in names])
-    self._labels = np.asarray(labels, np.int32)
-
-  def _scan(self, root: pathlib.Path, split: str | None) -> tuple[list[str], list[int]]:
-    flat = sorted(e.path for e in os.scandir(root) if _is_image(e.name) and not e.is_dir())
-    by_class = {name: _images_below(str(root / name), set()) for name in _subfolders(root)}
-    by_class = {name: files for name, files in by_class.items() if files}
-    if flat and by_class:
-      raise UserError(
-        f"image folder {root} holds images ({os.path.basename(flat[0])}, ...) beside class folders"
-        f" ({next(iter(by_class))}, ...); it must have one or the other"
-      )
-    if not flat and not by_class:
-      raise UserError(f"image folder {root} holds no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
-    if flat:
-      self.class_names = ()
-      return flat, [-1] * len(flat)
-    if split is None and all(
-      os.path.dirname(f) != str(root / name) for name, files in by_class.items() for f in files
-    ):
-      splits = ", ".join(by_class)
-      raise UserError(
-        f"image folder {root} has its images two levels down; name the split, one of {splits}:"
-        f" folder:{root}@{next(iter(by_class))}"
-      )
-    names = set(by_class)
-    if split is not None:  # a class that one split lacks must not renumber that split's labels
-      siblings = [root.parent / name for name in _SPLITS]
-      names.update(*(_subfolders(s) for s in siblings if s.is_dir()))
-    self.class_names = tuple(sorted(names))
-    label = {name: i for i, name in enumerate(self.class_names)}
-    files = [f for files in by_class.values() for f in files]
-    return files, [label[name] for name, files in by_class.items() for _ in files]
-
-  def __len__(self) -> int:
-    return len(self._ends)
-
-  def name(self, row: int) -> str:
-    start = self._ends[row - 1] if row else 0
-    return os.path.join(self.root, os.fsdecode(self._names[start : self._ends[row]]))
-
-  def __getitem__(self, row: int) -> tuple[bytes, int]:
-    with open(self.name(row), "rb") as f:
-      return f.read(), int(self._labels[row])
-
-
-def _import_array_record():
-  try:
-    from array_record.python import array_record_data_source, array_record_module
-  except ImportError as e:
-    raise UserError(
-      "arrayrecord: needs the package array-record, which exists for Linux alone"
-    ) from e
-  return array_record_module.ArrayRecordWriter, array_record_data_source.ArrayRecordDataSource
 
 
 # One record: this header, the image's name in UTF-8, the encoded image up to the end.
@@ -171,7 +60,6 @@ class ArrayRecordSource:
   """
 
   def __init__(self, path: str | os.PathLike, split: str | None = None):
-    _, data_source = _import_array_record()
     path = pathlib.Path(path).expanduser()
     splits = sorted(f.stem for f in path.glob("*.json"))
     if not path.is_dir() or not splits:
@@ -190,14 +78,9 @@ class ArrayRecordSource:
       files = [path / name for name in index["files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
       raise UserError(f"{index_file} is no list of ArrayRecord images ({e})") from e
-    if missing := [str(f) for f in files if not f.is_file()]:
-      raise UserError(f"{index_file} lists files that do not exist: {', '.join(missing)}")
-    try:
-      self._records = data_source([str(f) for f in files])
-    except Exception as e:  # array_record raises bare types on damaged files
-      raise UserError(f"ArrayRecord files of {index_file} cannot be read: {_line(e)}") from e
-    if len(self._records) != count or not count:
-      raise UserError(f"{index_file} promises {count} images, its files hold {len(self._records)}")
+    if not count:
+      raise UserError(f"{index_file} lists no images")
+    self._records = records.read(files, count, index_file)
     self._where = f"{path}@{split}"
 
   def __len__(self) -> int:
@@ -212,7 +95,7 @@ class ArrayRecordSource:
       start = _RECORD.size + length
       return record[_RECORD.size : start].decode(), label, record[start:]
     except Exception as e:
-      raise UnreadableImage(_line(e)) from e
+      raise UnreadableImage(first_line(e)) from e
 
   def __getitem__(self, row: int) -> tuple[bytes, int]:
     _, label, data = self._parse(row)
@@ -238,7 +121,6 @@ def write_arrayrecord(
   Raises:
     UserError: the split exists, an image cannot be read, or the folder cannot be written.
   """
-  writer_type, _ = _import_array_record()
   path = pathlib.Path(path).expanduser()
   index_file = path / f"{split}.json"
   if index_file.exists():
@@ -249,23 +131,23 @@ def write_arrayrecord(
   try:
     path.mkdir(parents=True, exist_ok=True)
     for i, file in enumerate(names):
-      writer = writer_type(str(path / file), "group_size:1")  # random access record by record
-      for row in range(i * n // files, (i + 1) * n // files):
-        data, label = source[row]
-        name = os.path.basename(source.name(row)).encode(errors="replace")
-        writer.write(_RECORD.pack(_RECORD_MAGIC, len(name), label) + name + data)
-      writer.close()
+      rows = range(i * n // files, (i + 1) * n // files)
+      records.write(path / file, (_record(source, row) for row in rows))
     index = {
       "format": _INDEX_FORMAT,
       "images": n,
       "class_names": list(source.class_names),
       "files": names,
     }
-    scratch = index_file.with_suffix(".json.partial")
-    scratch.write_text(json.dumps(index, indent=1))
-    scratch.rename(index_file)
+    outputs.write_text(index_file, json.dumps(index, indent=1))
   except (OSError, UnreadableImage) as e:
-    raise UserError(f"cannot write the images to {path}: {_line(e)}") from e
+    raise UserError(f"cannot write the images to {path}: {first_line(e)}") from e
+
+
+def _record(source: ImageSource, row: int) -> bytes:
+  data, label = source[row]
+  name = os.path.basename(source.name(row)).encode(errors="replace")
+  return _RECORD.pack(_RECORD_MAGIC, len(name), label) + name + data
 
 
 class TfdsSource:
@@ -294,7 +176,7 @@ class TfdsSource:
         self._examples = tfds.data_source(name, split=split, download=False, decoders=decoders)
     except Exception as e:  # tfds raises all sorts
       raise UserError(
-        f"cannot open tfds:{name}@{split}: {_line(e)} (prepare it with `tfds build"
+        f"cannot open tfds:{name}@{split}: {first_line(e)} (prepare it with `tfds build"
         f" {name} --file_format=array_record`; TFDS_DATA_DIR says where datasets lie)"
       ) from e
     features = self._examples.dataset_info.features
@@ -314,7 +196,7 @@ class TfdsSource:
     try:
       example = self._examples[row]
     except Exception as e:
-      raise UnreadableImage(_line(e)) from e
+      raise UnreadableImage(first_line(e)) from e
     return example["image"], int(example["label"]) if self.class_names else -1
 
   def name(self, row: int) -> str:
@@ -323,12 +205,6 @@ class TfdsSource:
     except Exception:  # the record is damaged, or the dataset does not keep names
       return f"{self._where} row {row}"
     return f"{self._where} row {row} ({file.decode(errors='replace')})"
-
-
-def _line(e: Exception) -> str:
-  """The first line of an exception's message, or its type when it has none."""
-  message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-  return next(iter(message.splitlines()), "") or type(e).__name__
 
 
 def _open_embedded(path: str, split: str | None) -> ImageSource:
@@ -341,7 +217,7 @@ def _open_embedded(path: str, split: str | None) -> ImageSource:
     )
   if split is None:
     raise UserError(
-      f"embedded needs a split, one of {', '.join(_subfolders(EMBEDDED_PHOTOS))}: embedded@val"
+      f"embedded needs a split, one of {', '.join(subfolders(EMBEDDED_PHOTOS))}: embedded@val"
     )
   return FolderSource(EMBEDDED_PHOTOS, split)
 

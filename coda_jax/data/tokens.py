@@ -1,11 +1,13 @@
 """Tokens of images in ArrayRecord files, and batches of them.
 
-A directory holds `manifest.json` and shards `tokens-00000-of-00004.array_record`. A record is many
-images (reading one record an image would cost more than everything else): the header, labels
-int32 [k], ids [k, N] of uint16 or, above 65,536 codes, int32; all little-endian.
+A directory holds `manifest.json` and shards `tokens-00000-of-00004.array_record`. A record holds k
+images, because reading costs as much for a record of one image as for one of many. The record is
+the header, labels int32 [k], and ids [k, N] of uint16 or, above 65,536 codes, int32; all
+little-endian.
 
-The stream of training images is a pure function of (seed, global index): in every epoch the records
-are permuted, a window of _WINDOW records is permuted image by image, windows follow one another.
+The stream of training images is a pure function of (seed, global index). Every epoch permutes the
+records and cuts them into windows of `_WINDOW` records. The images of a window are permuted, and
+windows follow one another.
 """
 
 import dataclasses
@@ -19,15 +21,17 @@ import threading
 import grain
 import numpy as np
 
-from coda_jax.data.sources import _import_array_record
+from coda_jax.data import records, rng
+from coda_jax.data.pipeline import local_size
 from coda_jax.errors import UserError
 
 FORMAT = "coda_jax tokens 1"
 MANIFEST = "manifest.json"
-RECORD_IMAGES = 64
+RECORD_IMAGES = 64  # k, but for the last record of a shard
 _HEADER = struct.Struct("<4sHHII")  # magic, bytes of an id, 0, images, tokens of an image
 _MAGIC = b"CJT1"
-_WINDOW = 256  # records
+_ID_TYPES = {2: "<u2", 4: "<i4"}  # by their bytes
+_WINDOW = 256
 
 
 def id_type(codebook_size: int) -> type:
@@ -42,18 +46,19 @@ def pack(ids: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
-  """(ids [k, N], labels int32 [k]) of a record. Raises ValueError if it is none."""
-  magic, size, _, images, tokens = _HEADER.unpack_from(record)
-  if magic != _MAGIC or len(record) != _HEADER.size + images * (4 + size * tokens):
+  """(ids [k, N], labels int32 [k]) of a record. Raises ValueError if the bytes are no record."""
+  header = record[: _HEADER.size].ljust(_HEADER.size, b"\0")
+  magic, size, _, images, tokens = _HEADER.unpack(header)
+  whole = len(record) == _HEADER.size + images * (4 + size * tokens)
+  if magic != _MAGIC or size not in _ID_TYPES or not whole:
     raise ValueError("not a record of tokens")
   labels = np.frombuffer(record, "<i4", images, _HEADER.size)
-  kind = "<u2" if size == 2 else "<i4"
-  ids = np.frombuffer(record, kind, images * tokens, _HEADER.size + 4 * images)
+  ids = np.frombuffer(record, _ID_TYPES[size], images * tokens, _HEADER.size + 4 * images)
   return ids.reshape(images, tokens), labels
 
 
 def read_manifest(path: str | os.PathLike) -> dict:
-  """The manifest of a directory of tokens. Raises UserError if it is none."""
+  """The manifest of a directory. Raises UserError if the directory holds no tokens."""
   file = pathlib.Path(path) / MANIFEST
   if not file.is_file():
     raise UserError(f"{path} holds no tokens: no {MANIFEST}; `coda_jax.tokenize_dataset` makes it")
@@ -79,15 +84,12 @@ class TokenSource:
   """
 
   def __init__(self, path: str | os.PathLike):
-    _, data_source = _import_array_record()
     self.path, self.manifest = pathlib.Path(path), read_manifest(path)
     if not self.manifest["complete"]:
       raise UserError(f"{path} is unfinished: run the same `coda_jax.tokenize_dataset` again")
     self.class_names = tuple(self.manifest["class_names"])
     self.tokens = sum(p * p for p in self.manifest["patch_sizes"])
     files = [self.path / shard["file"] for shard in self.manifest["shards"] if shard["images"]]
-    if missing := [str(f) for f in files if not f.is_file()]:
-      raise UserError(f"{path}/{MANIFEST} lists files that do not exist: {', '.join(missing)}")
     sizes = [
       min(RECORD_IMAGES, shard["images"] - start)
       for shard in self.manifest["shards"]
@@ -96,14 +98,7 @@ class TokenSource:
     self.sizes = np.asarray(sizes, np.int64)
     if not sizes:
       raise UserError(f"{path} holds no images")
-    try:
-      self._records = data_source([str(f) for f in files])
-    except Exception as e:  # array_record raises bare types on damaged files
-      raise UserError(f"the token files of {path} cannot be read: {e}") from e
-    if len(self._records) != len(sizes):
-      raise UserError(
-        f"{path}/{MANIFEST} promises {len(sizes)} records, its files hold {len(self._records)}"
-      )
+    self._records = records.read(files, len(sizes), self.path / MANIFEST)
 
   def __len__(self) -> int:
     return int(self.sizes.sum())
@@ -128,7 +123,7 @@ class _Stream:
 
   def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(order of the records, the index in the epoch at which each window starts, and the end)."""
-    order = np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._source.sizes))
+    order = rng.generator(self._seed, rng.Stream.EPOCH, epoch).permutation(len(self._source.sizes))
     ends = np.cumsum(self._source.sizes[order])
     last = np.minimum(np.arange(_WINDOW, len(order) + _WINDOW, _WINDOW), len(order)) - 1
     return order, np.concatenate([[0], ends[last]])
@@ -136,7 +131,7 @@ class _Stream:
   def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     order, _ = self._epoch(epoch)
     ids, labels = self._source.records(order[window * _WINDOW : (window + 1) * _WINDOW])
-    rows = np.random.default_rng((self._seed, 1, epoch, window)).permutation(len(labels))
+    rows = rng.generator(self._seed, rng.Stream.WINDOW, epoch, window).permutation(len(labels))
     return ids[rows], labels[rows]
 
   def load(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -187,11 +182,7 @@ class TokenBatches:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    if batch_size < 1 or batch_size % process_count:
-      raise UserError(
-        f"batch size {batch_size} must be a positive multiple of the {process_count} processes"
-      )
-    local = batch_size // process_count
+    local = local_size(batch_size, process_count)
     load = _LoadBatch(_Stream(source, seed), start + process_index * local, batch_size, local)
     dataset = grain.MapDataset.range(2**40 // batch_size).map(load)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import resource
 import runpy
 import subprocess
 import sys
@@ -110,7 +109,7 @@ def test_codas_checkpoints_fit_and_are_written_with_their_keys(family, config, p
   [
     (flux_vae.SINGLE_FILE, ["flux_vae_bfl"]),
     (mar_vae.LAYOUT, ["mar_vae"]),
-    (lpips.TORCH, ["vgg16_torchvision", "lpips_vgg_heads"]),
+    (lpips.LAYOUT, ["vgg16_torchvision", "lpips_vgg_heads"]),
     (dino.LAYOUT, ["dino_deitsmall16"]),
     (coda.QUANTIZER, ["quantizer_flux_layer"]),
   ],
@@ -176,6 +175,15 @@ def test_any_float_type_is_kept_as_float32(tmp_path, dtype):
   convert.convert("flux-vae", [tmp_path], tmp_path / "mine", scale=2.0, shift=1.0)
   config = weights.read_config(tmp_path / "mine", "vae")["vae"]
   assert (config["scale"], config["shift"]) == (2.0, 1.0)
+
+
+def test_null_in_the_diffusers_config_means_the_default(tmp_path):
+  nulls = {"scaling_factor": None, "shift_factor": 0.25, "norm_num_groups": None}
+  (tmp_path / "config.json").write_text(json.dumps(nulls))
+  assert files.diffusers_options(tmp_path / "vae.safetensors") == {"shift": 0.25}
+  (tmp_path / "config.json").write_text(json.dumps(nulls | {"scaling_factor": "wide"}))
+  with pytest.raises(UserError, match="config.json is damaged: .*wide"):
+    files.diffusers_options(tmp_path / "vae.safetensors")
 
 
 def test_dinos_key_bias_is_zeroed():
@@ -280,6 +288,7 @@ def test_which_convolutions_are_adapted_is_read_from_the_keys(lora):
     ("coda-mar", lambda: small_state("flux", SMALL_LORA), "coda-flux"),
     ("mar-vae", lambda: full_size("vgg16_torchvision"), "lpips"),
     ("lpips", lambda: full_size("dino_deitsmall16"), "dino"),
+    ("lpips", lambda: {"VGG16_0": {"Conv_0": {"bias": np.zeros(64)}}}, "lpips --from-package"),
   ],
 )
 def test_a_file_of_another_layout_is_told(layout, state, other):
@@ -381,12 +390,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_left_when_the_disk_is_full(tmp_path):
   file = save(tmp_path / "vae.pth", small_state())
-
-  def small_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
+  limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]  # files of 100 KB
   words = [sys.executable, "-m", "convert", "mar-vae", file, "--output", tmp_path / "out"]
-  done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=small_files)
+  done = subprocess.run([*limited, *words], capture_output=True, text=True, check=False)
   assert done.returncode == 1
   (line,) = done.stderr.strip().splitlines()
   assert "model.safetensors: File too large" in line

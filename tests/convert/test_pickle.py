@@ -2,10 +2,12 @@
 
 import builtins
 import collections
+import copyreg
 import os
 import pathlib
 import pickle as python_pickle
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -120,7 +122,7 @@ def test_runs_nothing(tmp_path, form, attack):
   sentinel = tmp_path / "ran"
   evil = {
     "os.system": Evil(os.system, f"touch {sentinel}"),
-    "builtins.eval": Evil(eval, f"open({str(sentinel)!r}, 'w')"),
+    "builtins.eval": Evil(eval, f"open({str(sentinel)!r}, 'w').close()"),
     "builtins.exec": Evil(exec, f"open({str(sentinel)!r}, 'w').close()"),
   }[attack]
   pickled = python_pickle.dumps({"weight": np.zeros(3), "extra": evil}, 2)
@@ -159,6 +161,125 @@ def test_refuses_everything_else_by_name(tmp_path, pickled, named):
     with pytest.raises(UserError, match="nothing is executed") as e:
       pickle.load(path)
     assert named in str(e.value)
+
+
+def test_a_registered_extension_is_refused_even_from_the_cache(tmp_path):
+  copyreg.add_extension("os", "system", 0xF0)
+  try:
+    assert python_pickle.loads(b"\x80\x02\x82\xf0.") is os.system  # it is in the cache now
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"\x80\x02\x82\xf0.")
+    with pytest.raises(UserError, match="nothing is executed"):
+      pickle.load(path)
+  finally:
+    copyreg.remove_extension("os", "system", 0xF0)
+    copyreg.clear_extension_cache()
+
+
+HUGE = struct.pack("<Q", 2**40)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  "instructions",
+  [
+    b"B\xff\xff\xff\xffab",  # BINBYTES
+    b"X\xff\xff\xff\xffab",  # BINUNICODE
+    b"\x8b\xff\xff\xff\x7fab",  # LONG4
+    b"\x8e" + HUGE + b"ab",  # BINBYTES8
+    b"\x8d" + HUGE + b"ab",  # BINUNICODE8
+    b"\x96" + HUGE + b"ab",  # BYTEARRAY8
+    b"\x95" + HUGE + b"ab",  # FRAME
+    b"Nr\xff\xff\xff\x7f}",  # LONG_BINPUT
+    b"NpI9999999999999\n}",  # PUT
+  ],
+)
+def test_sizes_that_a_file_only_claims_take_no_memory(tmp_path, form, instructions):
+  path = tmp_path / "model.pth"
+  FORMS[form](path, b"\x80\x04" + instructions + b".")
+  tracemalloc.start()
+  try:
+    pickle.load(path)
+  except UserError:
+    pass
+  finally:
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+  assert peak < 2**20
+
+
+ARRAY = python_pickle.dumps(np.arange(4.0), 2)[:-1]  # leaves an array on the stack
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+@pytest.mark.parametrize(
+  "instructions",
+  [
+    b"}N}U\x09__class__cnumpy\nndarray\ns\x86b",  # state for the attributes of a dict ...
+    b"ccollections\nOrderedDict\n)RN}U\x05itemscbuiltins\nset\ns\x86b",  # ... with attributes
+    ARRAY + b"(K\x01K\x04\x85cnumpy\ndtype\nU\x02i1\x85R\x89C\x04abcdtb",  # a second state
+    ARRAY + b"K\x00K\x01s",  # an element is set
+    ARRAY + b")R",  # calls of what is no name
+    b"])R",
+    b"U\x04textK\x01\x85R",
+    b"])\x81",
+    b"cnumpy\nndarray\n)\x81",
+    b"cbuiltins\nset\n)}\x92",
+    b"cbuiltins\nset\nK\x01a",  # a name is no list
+    b"cbuiltins\nset\nK\x01K\x02s",
+    b"\x96\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00(K\x01e",  # BYTEARRAY8, APPENDS
+    b"Pstorage\n",  # persistent ids that are no tuples
+    b"K\x01Q",
+    b"]Q",
+    b"(lp0\nh\x00a",  # a list in itself
+    b"\x97",
+    b"\x8c\x0acollectionsK\x01\x93",
+  ],
+)
+def test_misused_instructions_do_nothing(tmp_path, instructions):
+  path = tmp_path / "model.pth"
+  for form in FORMS.values():
+    form(path, b"\x80\x04" + instructions + b".")
+    try:
+      found = pickle.load(path)
+    except UserError as e:
+      assert "\n" not in str(e)
+    else:  # plain values, and no attribute where there was none
+      assert type(found) in (dict, list, collections.OrderedDict, bytearray)
+      assert not getattr(found, "__dict__", None)
+
+
+def test_programs_of_random_instructions_do_nothing(tmp_path):
+  names = b"os system,torch FloatStorage,torch Size,torch._utils _rebuild_tensor_v2,numpy dtype,"
+  names += b"numpy ndarray,numpy.core.multiarray _reconstruct,numpy.core.multiarray scalar,"
+  names += b"numpy.core.numeric _frombuffer,collections OrderedDict,builtins set,_codecs encode"
+  pieces = [b"c" + n.replace(b" ", b"\n") + b"\n" for n in names.split(b",")]
+  pieces += [b"K\x00", b"K\x02", b"U\x01b", b"C\x02ab", b"U\x02f4", b"U\x07storage", ARRAY]
+  pieces += [bytes([op]) for op in b"(N}])\x8f\x88012\x94tld\x91\x85\x86\x87aesu\x90"]
+  pieces += [b"q\x00", b"h\x00"]
+  pieces += 4 * [b"R", b"b", b"\x81", b"Q", b"o", b"\x85R", b"\x86R", b")R"]
+  rng = np.random.RandomState(0)
+  path = tmp_path / "model.pth"
+  outcomes = collections.Counter()
+  for _ in range(600):
+    program = b"".join(pieces[i] for i in rng.randint(0, len(pieces), rng.randint(2, 30)))
+    path.write_bytes(b"\x80\x02" + program + b".")
+    try:
+      pickle.load(path)
+      outcomes["read"] += 1
+    except UserError as e:
+      outcomes["refused" if "nothing is executed" in str(e) else "damaged"] += 1
+  assert len(outcomes) == 3, outcomes
+
+
+def test_a_tensor_lies_in_a_contiguous_storage_alone(tmp_path):
+  # An array that is not, as storage, would move the view's beginning or its bound.
+  shape = python_pickle.dumps(np.zeros((2, 1000)), 2)[:-1]
+  tensor = b"K\x01M\xcf\x07\x85K\x01\x85tR."  # offset 1, size 1999, stride 1
+  path = tmp_path / "model.pth"
+  path.write_bytes(b"\x80\x02" + TENSOR + b"(" + shape.removeprefix(b"\x80\x02") + tensor)
+  with pytest.raises(UserError, match="a tensor without storage"):
+    pickle.load(path)
 
 
 def test_refuses_a_tensor_beyond_its_storage(tmp_path):

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from coda_jax.data import decode, pipeline, sources
+from coda_jax.data import decode, pipeline, rng, sources
+from coda_jax.data.image_stream import source_row
 from coda_jax.errors import UserError
 from tests.data.images import encode, photo, write_folder
 
@@ -62,7 +63,7 @@ def test_labels_and_pixels_belong_to_the_row(source, stream):
   for i, image in enumerate(rows["image"]):
     data, label = source[int(rows["index"][i])]
     assert rows["label"][i] == label
-    words = pipeline._random_words(5, pipeline._CROP, i)
+    words = rng.words(5, rng.Stream.CROP, i)
     crop = decode.resize_and_crop(
       decode.decode_image(data),
       32,
@@ -81,22 +82,22 @@ def test_every_epoch_is_another_permutation(stream):
 
 def test_the_order_is_that_of_the_first_release():
   # A run that is resumed after an upgrade must go on in the same order.
-  rows = [pipeline.source_row(0, g, 1_281_167) for g in (0, 1, 5_000_000)]
+  rows = [source_row(0, g, 1_281_167) for g in (0, 1, 5_000_000)]
   assert rows == [240984, 1142230, 1047745]
-  assert pipeline.source_row(0, 3, 10, attempt=1) == 2
-  assert pipeline._random_words(1, 2, 3)[0] == 12997252459554536576
+  assert source_row(0, 3, 10, attempt=1) == 2
+  assert rng.words(1, rng.Stream.REPLACEMENT, 3)[0] == 12997252459554536576
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64])
 def test_permutations_of_any_size(n):
   for epoch in range(3):
-    rows = [pipeline.source_row(9, epoch * n + i, n) for i in range(n)]
+    rows = [source_row(9, epoch * n + i, n) for i in range(n)]
     assert sorted(rows) == list(range(n))
 
 
 def test_seeds_give_unrelated_streams(source):
   orders = {
-    tuple(pipeline.source_row(seed, e * 20 + i, 20) for i in range(20))
+    tuple(source_row(seed, e * 20 + i, 20) for i in range(20))
     for seed in range(4)
     for e in range(4)
   }
@@ -104,7 +105,7 @@ def test_seeds_give_unrelated_streams(source):
 
 
 def test_crops_and_flips_cover_their_range():
-  words = np.array([pipeline._random_words(0, pipeline._CROP, g) for g in range(2000)], np.uint64)
+  words = np.array([rng.words(0, rng.Stream.CROP, g) for g in range(2000)], np.uint64)
   for column, choices in ((0, 5), (1, 5), (2, 2)):
     counts = np.bincount((words[:, column] % np.uint64(choices)).astype(int))
     assert len(counts) == choices and counts.min() > 0.85 * 2000 / choices

@@ -9,6 +9,7 @@ import pytest
 
 from coda_jax.data import sources
 from coda_jax.data.decode import UnreadableImage
+from coda_jax.data.records import write as write_records
 from coda_jax.errors import UserError
 from tests.data.images import encode, photo, write_folder
 
@@ -153,11 +154,7 @@ def test_arrayrecord_errors(records):
 
 def test_a_foreign_record_is_an_unreadable_image(records):
   _, path = records
-  writer_type, _ = sources._import_array_record()
-  writer = writer_type(str(path / "train-00000-of-00003.array_record"), "group_size:1")
-  writer.write(b"something else")
-  writer.write(b"")
-  writer.close()
+  write_records(path / "train-00000-of-00003.array_record", [b"something else", b""])
   source = sources.open_source(f"arrayrecord:{path}@train")
   with pytest.raises(UnreadableImage, match="starts with"):
     source[0]

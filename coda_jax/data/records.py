@@ -1,0 +1,63 @@
+"""ArrayRecord files, whose records are read in any order. Images and tokens are kept in them."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from coda_jax import outputs
+from coda_jax.errors import UserError
+
+
+def _array_record() -> tuple[type, type]:
+  """(writer, data source) of the package, which is imported only where it is needed."""
+  try:
+    from array_record.python import array_record_data_source, array_record_module
+  except ImportError as e:
+    raise UserError(
+      "arrayrecord: needs the package array-record, which exists for Linux alone"
+    ) from e
+  return array_record_module.ArrayRecordWriter, array_record_data_source.ArrayRecordDataSource
+
+
+def write(path: pathlib.Path, records: Iterable[bytes]) -> None:
+  """Writes a file, which appears when it is whole. A file that is there is replaced.
+
+  Raises:
+    UserError: the package array-record is not installed.
+  """
+  writer_type, _ = _array_record()
+  with outputs.replaced(path) as aside:
+    writer = writer_type(str(aside), "group_size:1")  # random access record by record
+    try:
+      for record in records:
+        writer.write(record)
+    finally:
+      writer.close()
+
+
+def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path) -> Any:
+  """The `count` records of some files: `records[i]`, `records.__getitems__([i, j])`, `len`.
+
+  Args:
+    files: what the file `index` lists.
+
+  Raises:
+    UserError: the package array-record is not installed; a file is missing or not whole, or they
+      hold another number of records.
+  """
+  _, source_type = _array_record()
+  if missing := [str(f) for f in files if not f.is_file()]:
+    raise UserError(f"{index} lists files that do not exist: {', '.join(missing)}")
+  try:
+    records = source_type([str(f) for f in files])
+  except Exception as e:  # array_record raises bare types on damaged files
+    raise UserError(f"the ArrayRecord files of {index} cannot be read: {first_line(e)}") from e
+  if len(records) != count:
+    raise UserError(f"{index} promises {count} records, its files hold {len(records)}")
+  return records
+
+
+def first_line(e: Exception) -> str:
+  """The first line of an exception's message, or its type when it has none."""
+  message = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+  return next(iter(message.splitlines()), "") or type(e).__name__
