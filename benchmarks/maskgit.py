@@ -17,6 +17,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where configs/ and benchmarks/ are
@@ -28,16 +29,17 @@ from flax import nnx
 
 from benchmarks.harness import FORMS, V5E_GB, best_of_forms, compile_for_chip, has_libtpu, peak
 from coda_jax import config as c
-from coda_jax.functional import part, take_apart
+from coda_jax import sharding, tokenize_dataset, weights
 from coda_jax.generation import sampler
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
+from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, QuantizerConfig
+from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.vae import VAEConfig
 from coda_jax.ops import cross_entropy
-from coda_jax.training.maskgit_trainer import TRAINED, MaskGITUpdate
+from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from configs.maskgit import SIZES
 
-MAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536)}
+CASES = {"mar_16384": (MAR_PATCH_SIZES, 16384), "flux_65536": (FLUX_PATCH_SIZES, 65536)}
 
 
 def model_config(size: str, case: str) -> MaskGITConfig:
@@ -45,13 +47,6 @@ def model_config(size: str, case: str) -> MaskGITConfig:
   s = SIZES[size]
   patch_sizes, codes = CASES[case]
   return MaskGITConfig(s.width, s.depth, s.heads, 1000, patch_sizes, codes)
-
-
-def settings(dtype: str, remat: bool, batch_size: int) -> c.MaskGITTrainConfig:
-  """The training's own; the first updates would hardly change anything with its warm-up."""
-  config = c.MaskGITTrainConfig(c.TokenDataSettings("", "", batch_size=batch_size))
-  optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
-  return dataclasses.replace(config, dtype=dtype, remat=remat, optimizer=optimizer)
 
 
 def forward_flops(m: MaskGITConfig, batch: int, logits: int) -> float:
@@ -65,26 +60,28 @@ def forward_flops(m: MaskGITConfig, batch: int, logits: int) -> float:
   return batch * (blocks + head + embedding) + table + 2 * logits * w * m.codebook_size
 
 
-def parts(m: MaskGITConfig, config: c.MaskGITTrainConfig):
-  """(update, function that makes trained and frozen arrays)."""
-  dtype = jnp.dtype(config.dtype)
-  make = lambda: MaskGIT(m, dtype=dtype, remat=config.remat, rngs=nnx.Rngs(0))  # noqa: E731
-  structure = []
-
-  def arrays():
-    model, arrays = take_apart(make())
-    structure.append(model)
-    return part(arrays, model.select(TRAINED))
-
-  jax.eval_shape(arrays)
-  return MaskGITUpdate(config, m, structure[0]), arrays
-
-
-def batch_shapes(m: MaskGITConfig, batch: int):
-  return {
-    "ids": jax.ShapeDtypeStruct((1, batch, m.tokens), jnp.uint16),
-    "label": jax.ShapeDtypeStruct((1, batch), jnp.int32),
-  }
+def make_trainer(
+  folder: pathlib.Path, size: str, dtype: str, batch: int, remat: bool = False
+) -> MaskGITTrainer:
+  """The trainer of a size on MAR's levels of the embedded photos, by a random tokenizer."""
+  patch_sizes, codes = CASES["mar_16384"]
+  vae = VAEConfig(ch=32, ch_mult=(1,), encoder_blocks=1, decoder_blocks=1, encoder_attn=())
+  tokenizer = TokenizerConfig(vae, QuantizerConfig(codes, patch_sizes), image_size=patch_sizes[-1])
+  rng = np.random.default_rng(0)
+  shapes = weights.expected_shapes(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))
+  flat = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  paths = str(folder / "tokenizer"), str(folder / "tokens")
+  weights.write_directory(paths[0], "tokenizer", dataclasses.asdict(tokenizer), flat)
+  words = ["--tokenizer", paths[0], "--data", "embedded@val", "--output", paths[1]]
+  tokenize_dataset.run(tokenize_dataset.parser().parse_args(words))
+  data = c.TokenDataSettings(*paths, batch_size=batch)
+  config = c.MaskGITTrainConfig(data, model=SIZES[size], dtype=dtype, remat=remat)
+  # The first updates would hardly change anything with the warm-up.
+  optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+  config = dataclasses.replace(
+    config, optimizer=optimizer, eval=dataclasses.replace(config.eval, batch_size=1)
+  )
+  return MaskGITTrainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
 
 
 class Matmul:
@@ -107,22 +104,22 @@ class Matmul:
       self.rate = max(self.rate, self._flops / (time.perf_counter() - start))
 
 
-def measure_training(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> dict[str, float]:
+def measure_training(
+  m: MaskGITConfig, size: str, dtype: str, batch: int, steps: int
+) -> dict[str, float]:
   """Seconds of an update and its part of the matmul's FLOPs."""
-  update, arrays = parts(m, settings(dtype, False, batch))
-  params, frozen = jax.jit(arrays)()
-  state = jax.jit(update.fresh_state)(params)
-  del params
-  rng = np.random.default_rng(0)
-  ids = rng.integers(0, m.codebook_size, (1, batch, m.tokens), np.uint16)
-  data = {"ids": jnp.asarray(ids), "label": jnp.zeros((1, batch), jnp.int32)}
-  step = jax.jit(update.update, donate_argnums=0)
+  with tempfile.TemporaryDirectory() as folder:
+    trainer = make_trainer(pathlib.Path(folder), size, dtype, batch)
+    batches = trainer.batches(0)
+    data = next(batches)
+    batches.close()
+  state = trainer.initial_state()
   matmul = Matmul(m, batch, dtype)
   times = []
   for _ in range(steps + 1):
     matmul()
     start = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, frozen, data))
+    state, metrics = jax.block_until_ready(trainer.step(state, data))
     times.append(time.perf_counter() - start)
   matmul()
   assert np.isfinite(metrics["loss"])
@@ -130,8 +127,11 @@ def measure_training(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> di
   return report("an update", batch, min(times[1:]), flops, matmul)
 
 
-def measure_sampling(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> dict[str, float]:
+def measure_sampling(
+  m: MaskGITConfig, size: str, dtype: str, batch: int, steps: int
+) -> dict[str, float]:
   """Seconds of a batch of samples, with guidance, and their part of the matmul's FLOPs."""
+  del size
   model = nnx.jit(lambda: MaskGIT(m, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
   run = sampler.bind(model)
   chosen = sampler.SamplerSettings(steps=steps)
@@ -203,16 +203,25 @@ def measure_cross_entropy(form: str, case: str, batch: int, repeats: int) -> dic
   return {"seconds": min(times[1:]), "peak_gb": peak() - before}
 
 
-def v5e_update(m: MaskGITConfig, images: int, remat: bool) -> dict[str, float]:
+def v5e_update(m: MaskGITConfig, size: str, images: int, remat: bool) -> dict[str, float]:
   """GB of an update compiled for one v5e chip: state and batch (donated), and temporaries.
 
   A program that the compiler cannot fit has no figures; its message goes to stderr.
   """
-  update, arrays = parts(m, settings("bfloat16", remat, images))
-  params, frozen = jax.eval_shape(arrays)
-  state = jax.eval_shape(update.fresh_state, params)
+  with tempfile.TemporaryDirectory() as folder:
+    trainer = make_trainer(pathlib.Path(folder), size, "bfloat16", images, remat)
+  batch = {
+    "ids": jax.ShapeDtypeStruct((1, images, m.tokens), jnp.uint16),
+    "label": jax.ShapeDtypeStruct((1, images), jnp.int32),
+  }
+  update, key = (
+    trainer._keyed_update,
+    jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+  )
   try:
-    step = compile_for_chip(update.update, state, frozen, batch_shapes(m, images), donate=True)
+    step = compile_for_chip(
+      update, trainer.abstract_state(), trainer._frozen, key, batch, donate=True
+    )
   except jax.errors.JaxRuntimeError as e:
     print(e, file=sys.stderr)
     return {}
@@ -242,14 +251,14 @@ def main() -> None:
     print(json.dumps(measure_cross_entropy(form, case, int(batch), args.repeats)))
     return
   m, result = model_config(args.size, "mar_16384"), {}
-  wanted = lambda part: args.only in (None, part)  # noqa: E731
+  wanted = lambda part: args.only in (None, part)
 
   for part_name, key, measure, steps in (
     ("train", "train", measure_training, args.steps),
     ("sample", f"sample_{args.sample_steps}_steps", measure_sampling, args.sample_steps),
   ):
     for batch in (1, 4) if wanted(part_name) else ():
-      found = measure(m, args.dtype, batch, steps)
+      found = measure(m, args.size, args.dtype, batch, steps)
       result[f"{key}_seconds_batch_{batch}"] = round(found["seconds"], 3)
       result[f"matmul_fraction_{part_name}_batch_{batch}"] = round(found["fraction"], 3)
       result[f"matmul_fraction_{part_name}"] = round(found["fraction"], 3)  # of the larger batch
@@ -274,7 +283,7 @@ def main() -> None:
     if not has_libtpu():
       print("v5e: not compiled, libtpu is not installed (pip install -e '.[tpu]')")
       continue
-    found = v5e_update(m, 32, remat)
+    found = v5e_update(m, args.size, 32, remat)
     what = f"v5e, an update of 32 images, {'with' if remat else 'without'} remat"
     if not found:
       print(f"{what}: the compiler finds no way to fit {V5E_GB:.0f} GB", flush=True)
