@@ -99,6 +99,7 @@ def test_exif_orientation(orientation):
   np.testing.assert_array_equal(pixels(encode(np.ascontiguousarray(stored), exif=exif)), RGB)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_spoil_the_image():
   np.testing.assert_array_equal(pixels(encode(RGB, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff")), RGB)
 
