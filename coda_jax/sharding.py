@@ -1,5 +1,6 @@
 """The mesh, and where arrays lie on it."""
 
+import math
 import re
 
 import jax
@@ -22,11 +23,11 @@ def make_mesh(settings: MeshSettings, devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   shape = [settings.data, settings.fsdp, settings.model]
   if shape.count(-1) == 1:
-    shape[shape.index(-1)] = max(1, len(devices) // -np.prod(shape))
-  if min(shape) < 1 or np.prod(shape) != len(devices):
+    shape[shape.index(-1)] = max(1, len(devices) // -math.prod(shape))
+  if min(shape) < 1 or math.prod(shape) != len(devices):
     given = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
     raise UserError(f"config.mesh: {given} do not multiply to the {len(devices)} devices")
-  return jax.make_mesh(tuple(map(int, shape)), AXES, (AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def spec_for(

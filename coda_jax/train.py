@@ -19,6 +19,7 @@ from coda_jax.outputs import write_text
 from coda_jax.training import loop, registry
 
 log = logging.getLogger("coda_jax")
+CONFIG_FILE = "config.json"
 
 
 def main(argv=None):
@@ -35,10 +36,12 @@ def run(args: argparse.Namespace) -> None:
   settings = registry.resolve(args.config)
   initialize_distributed(args)
   workdir = args.workdir or cli.default_workdir(args.config_spec)
+  check_workdir(workdir, settings)
   log.info("workdir: %s", workdir)
-  claim_workdir(workdir, settings)
   trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
   fields = config.to_json(settings)
+  if jax.process_index() == 0:  # not before, so that a mistyped path claims no workdir
+    write_text(workdir / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
   if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
     log.info("done: %s", workdir / trainer.product)
 
@@ -61,22 +64,21 @@ def initialize_distributed(args: argparse.Namespace) -> None:
     log.setLevel(logging.WARNING)
 
 
-def claim_workdir(workdir: pathlib.Path, settings) -> None:
-  """Makes `workdir` and writes its `config.json`, or checks that ours may continue what is there.
+def check_workdir(workdir: pathlib.Path, settings) -> None:
+  """Makes `workdir` if it is not there, and checks that a run with `settings` may be in it.
 
   Raises:
     UserError: the folder cannot be written, or holds a run with another config.
   """
   if jax.process_index() > 0:
     return
-  file = workdir / "config.json"
+  file = workdir / CONFIG_FILE
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if file.exists():
       config.check_resumable(settings, json.loads(file.read_text()), workdir)
     elif (workdir / "checkpoints").exists():
-      raise UserError(f"{workdir} holds checkpoints but no config.json; take a new --workdir")
-    write_text(file, json.dumps(config.to_json(settings), indent=2) + "\n")
+      raise UserError(f"{workdir} holds checkpoints but no {file.name}; take a new --workdir")
   except OSError as e:
     raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
   except ValueError as e:

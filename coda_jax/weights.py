@@ -12,7 +12,6 @@ import os
 import pathlib
 import pickle
 import shutil
-import types
 import typing
 from collections.abc import Mapping
 
@@ -25,6 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from coda_jax import arrays, outputs
+from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
@@ -103,19 +103,14 @@ def config_from_fields(cls: type, fields: Mapping, where: str):
   hints = typing.get_type_hints(cls)
   values = {}
   for name, value in fields.items():
-    options = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
-    nested = next((t for t in options if dataclasses.is_dataclass(t)), None)
-    if nested and isinstance(value, Mapping):
-      value = config_from_fields(nested, value, f"{where}: {name}")
+    hint = unwrap(hints[name])
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+      value = config_from_fields(hint, value, f"{where}: {name}")
     values[name] = tuple(value) if isinstance(value, list) else value
   try:
     return cls(**values)
   except TypeError as e:
     raise UserError(f"{where}: {e}") from e
-
-
-def _is_union(hint) -> bool:
-  return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def fingerprint(fields: Mapping, flat: Arrays) -> str:
@@ -130,7 +125,7 @@ def fingerprint(fields: Mapping, flat: Arrays) -> str:
   for key in sorted(flat):
     array = np.ascontiguousarray(flat[key], np.float32)
     digest.update(f"{key}{list(array.shape)}".encode())
-    digest.update(array)
+    digest.update(array.data)
   return digest.hexdigest()
 
 
@@ -349,7 +344,7 @@ def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tup
       f"{tokenizer} is tokenizer {found[:12]}, but {path} was trained on tokens of "
       f"{fields['tokenizer_fingerprint'][:12]}"
     )
-  make = lambda: MaskGIT(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: MaskGIT(config, dtype=dtype, rngs=nnx.Rngs(0))
   return build(make, read_arrays(path), str(path)), fields
 
 

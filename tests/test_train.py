@@ -178,7 +178,9 @@ def test_bad_input(folder, tmp_path, capsys):
   assert code == 1 and "holds checkpoints but no config.json" in err
 
   code, err = fail(capsys, config, f"--workdir={tmp_path}/new", "--config.data.train=folder:/no")
-  assert code == 1 and "/no does not exist" in err and err.count("\n") == 1
+  workdir, error = err.splitlines()
+  assert code == 1 and workdir == f"workdir: {tmp_path}/new" and "/no does not exist" in error
+  assert not any((tmp_path / "new").iterdir()), "a run that never began claims no workdir"
 
   code, err = fail(capsys, "--workdir=x")
   assert code == 2

@@ -7,6 +7,7 @@ No bias, no alpha.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def _merged(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
 # the adapter, as large as an image. The adapter's own gradients are those of two convolutions
 # beside the frozen one, since that of the whole kernel takes more products.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(conv, x, kernel, down, up):
+def _adapted(conv, x, kernel, down, up) -> jax.Array:
   return _convolve(conv, x, _merged(kernel, down, up))
 
 
@@ -91,6 +92,7 @@ class LoRAConv(nnx.Module):
   """
 
   def __init__(self, base: nnx.Conv, rank: int, *, rngs: nnx.Rngs):
+    assert base.bias is not None, "every convolution of the VAE has a bias"
     self.kernel, self.bias = base.kernel, base.bias
     self.strides, self.padding, self.dtype = base.strides, base.padding, base.dtype
     *window, out = self.kernel.shape
@@ -99,7 +101,7 @@ class LoRAConv(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
     x, adapter = x.astype(self.dtype), (self.lora_down[...], self.lora_up[...])
-    y = _adapted((self.strides, self.padding), x, self.kernel[...], *adapter)
+    y: Any = _adapted((self.strides, self.padding), x, self.kernel[...], *adapter)
     return y + self.bias[...].astype(x.dtype)
 
   def merged(self) -> nnx.Conv:
@@ -121,12 +123,10 @@ class LoRAConv(nnx.Module):
 
 def _replace(module: nnx.Module, kind: type, make) -> None:
   """Replaces every submodule of this kind by `make(path, submodule)`, in place."""
-  for path, node in list(nnx.iter_modules(module)):
+  nodes = dict(nnx.iter_modules(module))
+  for path, node in nodes.items():
     if type(node) is kind:
-      parent = functools.reduce(
-        lambda m, part: m[part] if isinstance(part, int) else getattr(m, part), path[:-1], module
-      )
-      setattr(parent, path[-1], make(".".join(map(str, path)), node))
+      setattr(nodes[path[:-1]], str(path[-1]), make(".".join(map(str, path)), node))
 
 
 def add_lora(vae: AutoencoderKL, config: LoRAConfig | None, *, rngs: nnx.Rngs) -> AutoencoderKL:

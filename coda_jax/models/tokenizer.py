@@ -101,4 +101,5 @@ class Tokenizer(nnx.Module):
     key: jax.Array | None = None,
   ) -> Float[Array, "b h w 3"]:
     """Images through all levels of tokens, or the first `levels`, and back."""
-    return self.decode(self.encode(images, key)[:levels], images.shape[1:3])
+    _, height, width, _ = images.shape
+    return self.decode(self.encode(images, key)[:levels], (height, width))

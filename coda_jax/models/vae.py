@@ -84,6 +84,7 @@ class Posterior:
   def sample(self, key: jax.Array | None = None, noise: jax.Array | None = None) -> jax.Array:
     """One draw, from `key` or from given standard normal `noise` of the mean's shape."""
     if noise is None:
+      assert key is not None, "give a key or noise"
       noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
     return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
@@ -202,6 +203,9 @@ class Middle(nnx.Module):
 
 class Level(nnx.Module):
   """The blocks of one resolution, with attention after each where asked, and its resampling."""
+
+  downsample: Downsample  # of the encoder's levels but the last
+  upsample: Upsample  # of the decoder's levels but `up.0`
 
   def __init__(self, cin: int, cout: int, blocks: int, attention: bool, layers: _Layers):
     widths = [cin] + [cout] * blocks

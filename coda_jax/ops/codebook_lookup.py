@@ -287,7 +287,7 @@ def _lookup_bwd(chunks, tau, residuals, cotangents):
 
     dk, dq = jax.lax.fori_loop(0, count, add, (dk, jnp.zeros(tokens[0].shape)))
   if platform() == "tpu":
-    add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)  # noqa: E731
+    add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)
     dv, _ = jax.lax.scan(add, dv, (chunks.split(ids), chunks.split(g + g_hard)))
   else:
     dv = dv.at[:, ids].add((g + g_hard).T)

@@ -8,12 +8,15 @@ while training goes on.
 import contextlib
 import os
 import pathlib
+from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
+
+_training: Any = ocp.training  # its types say less than it takes
 
 
 class Checkpoints:
@@ -25,7 +28,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike, settings: CheckpointSettings):
-    policies = ocp.training.preservation_policies
+    policies = _training.preservation_policies
     keep = [policies.LatestN(settings.keep)]
     if settings.keep_best:
       name = settings.best_metric.removeprefix("-")
@@ -40,7 +43,7 @@ class Checkpoints:
     self._metric = settings.best_metric.removeprefix("-")
     self.directory = pathlib.Path(directory).absolute()
     with self._readable_errors("open"):
-      self._checkpointer = ocp.training.Checkpointer(
+      self._checkpointer = _training.Checkpointer(
         self.directory,
         save_decision_policy=_Always(),
         preservation_policy=policies.AnyPreservationPolicy(keep),

@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,7 +93,7 @@ class Metrics:
 
 def _start_wandb(project: str, workdir, config: Mapping):
   try:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra
   except ImportError as e:
     raise UserError(
       f"config.logging.wandb_project={project}: wandb is not installed (pip install wandb)"
@@ -149,7 +150,8 @@ class Progress:
 
   def report(self, step: int, shown: Mapping[str, float]) -> dict[str, float]:
     """Shows `shown` after `step` updates; returns the rates since the last report."""
-    seconds = time.perf_counter() - self._time
+    now = time.perf_counter()
+    seconds = now - (now if self._time is None else self._time)
     rate = (step - self._step) / seconds if step > self._step else 0.0
     self._step, self._time = step, time.perf_counter()
     speed = f"{rate:.3g} step/s  {rate * self._images:.3g} images/s"
@@ -188,4 +190,5 @@ def parameter_table(arrays: Mapping[str, jax.Array]) -> str:
   """A table of arrays: path, shape, type, parameters."""
   from clu import parameter_overview  # imports much
 
-  return parameter_overview.get_parameter_overview(dict(arrays), include_stats=False)
+  params: Any = dict(arrays)
+  return parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -80,7 +80,7 @@ def run(
     done = multihost_utils.broadcast_one_to_all(np.array(step in metrics.steps("eval")))
     if due(trainer.eval_every) and not done:
       evaluate()  # of the start, or of a checkpoint whose evaluation was cut off
-    batches = enter(trainer.batches(step)) if step < trainer.steps else None
+    batches = enter(trainer.batches(step)) if step < trainer.steps else iter(())
     while step < trainer.steps:
       batch = next(batches)
       with jax.transfer_guard("disallow"):

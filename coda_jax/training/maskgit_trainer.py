@@ -59,7 +59,7 @@ def _load_tokens(path: str, config: MaskGITTrainConfig, fields: dict) -> tokens.
   return source
 
 
-class MaskGITTrainer(Trainer):
+class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
   """Trains a generator; see `Trainer`. The code values do not train.
 
   Raises:

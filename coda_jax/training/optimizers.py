@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def descend(
 ) -> tuple[Arrays, optax.OptState]:
   """(parameters, optimizer state) after an update."""
   updates, state = optimizer.update(gradients, state, params)
-  return optax.apply_updates(params, updates), state
+  updated: Any = optax.apply_updates(params, updates)
+  return updated, state
 
 
 def ema_decay(settings: EMASettings, step: jax.Array, steps_per_epoch: int) -> jax.Array:

@@ -27,7 +27,9 @@ from coda_jax.errors import UserError
 from coda_jax.losses.adversarial import DISCRIMINATOR_LOSSES, adaptive_weight, generator_loss
 from coda_jax.losses.augmentation import diff_augment, fade_blur
 from coda_jax.losses.reconstruction import reconstruction_loss
-from coda_jax.models.discriminators import CHANGED, TRAINABLE
+from coda_jax.models.discriminators import CHANGED, TRAINABLE, Discriminator
+from coda_jax.models.lpips import LPIPS
+from coda_jax.models.tokenizer import Tokenizer
 
 Images = Float[Array, "b h w 3"]
 
@@ -67,31 +69,44 @@ class StepOutput:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adversary:
+  """The discriminator in Eq. 9.
+
+  Attributes:
+    graphdef: its structure.
+    settings: how it is trained and what it is shown.
+    weight: path of the tokenizer's array at which the gradients of nll and g are compared.
+  """
+
+  graphdef: nnx.GraphDef
+  settings: AdversarialSettings
+  weight: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Networks:
   """Structures of the networks in Eq. 9, and how the objective weighs them; see `networks`.
 
   Attributes:
-    tokenizer, lpips, discriminator: graphdefs; None for a network that is not used.
-    losses, adversarial: settings.
-    cut: the decoder's layer that holds the adaptive weight; the tail starts with it.
+    tokenizer, lpips: graphdefs; `lpips` is None if nothing uses it.
+    adversary: None leaves the adversarial term out.
+    losses: weights of the terms.
+    cut: the decoder's layer with which the tail starts.
     tail: paths of the arrays in the tail.
-    adaptive: path of the adaptive weight, or None without a discriminator.
   """
 
   tokenizer: nnx.GraphDef
   lpips: nnx.GraphDef | None
-  discriminator: nnx.GraphDef | None
+  adversary: Adversary | None
   losses: LossSettings
-  adversarial: AdversarialSettings
   cut: str
   tail: frozenset[str]
-  adaptive: str | None
 
 
 def networks(
-  tokenizer: nnx.Module,
-  lpips: nnx.Module | None,
-  discriminator: nnx.Module | None,
+  tokenizer: Tokenizer,
+  lpips: LPIPS | None,
+  discriminator: Discriminator | None,
   losses: LossSettings,
   adversarial: AdversarialSettings,
 ) -> Networks:
@@ -102,13 +117,19 @@ def networks(
   """
   names = list(arrays.of(tokenizer))
   layers = [name for name, _ in tokenizer.vae.decoder.named_layers()]
-  cut, adaptive = layers[-1], None
+  cut, adversary = layers[-1], None
   if discriminator is not None:
-    cut, adaptive = adaptive_layer(names, layers, adversarial.adaptive_layer)
+    cut, weight = adaptive_layer(names, layers, adversarial.adaptive_layer)
+    adversary = Adversary(nnx.graphdef(discriminator), adversarial, weight)
   above = tuple(f"vae.decoder.{layer}." for layer in layers[layers.index(cut) :])
-  graphdefs = [m and nnx.graphdef(m) for m in (tokenizer, lpips, discriminator)]
-  tail = frozenset(name for name in names if name.startswith(above))
-  return Networks(*graphdefs, losses, adversarial, cut, tail, adaptive)
+  return Networks(
+    tokenizer=nnx.graphdef(tokenizer),
+    lpips=None if lpips is None else nnx.graphdef(lpips),
+    adversary=adversary,
+    losses=losses,
+    cut=cut,
+    tail=frozenset(name for name in names if name.startswith(above)),
+  )
 
 
 def adaptive_layer(names: list[str], layers: list[str], wanted: str) -> tuple[str, str]:
@@ -161,12 +182,15 @@ def loss_and_gradients(
     schedule: weight of the adversarial term beside d.
     blur: strength of the fading blur, if it is on.
   """
-  losses, adversarial = networks.losses, networks.adversarial
-  lpips = arrays.merge(networks.lpips, frozen["lpips"]) if losses.perceptual else None
+  losses, adversary = networks.losses, networks.adversary
+  lpips = None
+  if losses.perceptual and networks.lpips is not None:
+    lpips = arrays.merge(networks.lpips, frozen["lpips"])
   everything = frozen["tokenizer"] | params
-  of_tail = (networks.tail & set(params)) | ({networks.adaptive} - {None})
-  tail_params = {name: everything[name] for name in of_tail}
   head_params = {name: x for name, x in params.items() if name not in networks.tail}
+  tail_params = {name: x for name, x in params.items() if name in networks.tail}
+  if adversary is not None:
+    tail_params[adversary.weight] = everything[adversary.weight]  # it may be frozen
 
   def head(head_params):
     model = arrays.merge(networks.tokenizer, everything, head_params)
@@ -190,14 +214,13 @@ def loss_and_gradients(
 
   discriminator_gradients: Arrays = {}
   variables = heads.variables
-  if networks.discriminator is not None:
-    calls = _DiscriminatorCalls(networks, frozen["discriminator"], key, blur)
+  if adversary is not None:
+    calls = _DiscriminatorCalls(adversary, frozen["discriminator"], key, blur)
     g_and_gradients = jax.value_and_grad(calls.generator_loss, argnums=(0, 1), has_aux=True)
     (g, (fake, variables)), (d_g, leak) = g_and_gradients(reconstruction, heads.params, variables)
     pulled_g = pull_tail(d_g)
-    d = adversarial.weight * adaptive_weight(
-      pulled[0][networks.adaptive], pulled_g[0][networks.adaptive]
-    )
+    at = adversary.weight
+    d = adversary.settings.weight * adaptive_weight(pulled[0][at], pulled_g[0][at])
     pulled = _add_scaled(pulled, schedule * d, pulled_g)
     total += schedule * d * g
 
@@ -205,7 +228,7 @@ def loss_and_gradients(
     discriminator_gradients, (variables, disc_metrics) = gradient(
       heads.params, variables, images, reconstruction, fake
     )
-    if adversarial.discriminator_gradient == "official":
+    if adversary.settings.discriminator_gradient == "official":
       discriminator_gradients = _add_scaled(discriminator_gradients, schedule * d, leak)
     metrics |= {"g_loss": g, "adaptive_weight": d} | disc_metrics
 
@@ -214,7 +237,7 @@ def loss_and_gradients(
   (head_gradients,) = pull_head((d_hidden, *weights))
   gradients = head_gradients | tail_gradients
   return StepOutput(
-    gradients={name: gradients[name] for name in params},  # the adaptive weight may be frozen
+    gradients={name: gradients[name] for name in params},
     discriminator_gradients=discriminator_gradients,
     variables=variables,
     metrics={"loss": total}
@@ -237,8 +260,8 @@ class _DiscriminatorCalls:
   own (`AdversarialSettings`); frozen features are computed once for each distinct view.
   """
 
-  def __init__(self, networks: Networks, frozen: Arrays, key: jax.Array, blur: jax.Array):
-    self._graphdef, self._settings = networks.discriminator, networks.adversarial
+  def __init__(self, adversary: Adversary, frozen: Arrays, key: jax.Array, blur: jax.Array):
+    self._graphdef, self._settings = adversary.graphdef, adversary.settings
     self._frozen, self._blur = frozen, blur
     self._keys = [jax.random.split(k) for k in jax.random.split(key, 3)]  # [view, augmentation]
 
@@ -272,7 +295,8 @@ class _DiscriminatorCalls:
     # The heads alone train: no gradient reaches the features.
     real = self._features(params, variables, images, 1)
     again = functools.partial(self._features, params, variables, reconstruction, 2)
-    same = self._same_view(params, variables, images.shape[1:3])
+    _, height, width, _ = images.shape
+    same = self._same_view(params, variables, (height, width))
     if isinstance(same, bool):
       fake = fake if same else again()
     else:
@@ -299,7 +323,7 @@ class _DiscriminatorCalls:
     return model.same_view(size, self._keys[0][0], self._keys[2][0])
 
 
-def split_discriminator(discriminator: nnx.Module) -> tuple[Heads, Arrays]:
+def split_discriminator(discriminator: Discriminator) -> tuple[Heads, Arrays]:
   """(arrays that an update changes, frozen arrays) of a discriminator."""
   _, params, variables, frozen = arrays.split(discriminator, TRAINABLE, CHANGED, ...)
   return Heads(params, variables), frozen

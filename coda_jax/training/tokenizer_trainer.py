@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +112,7 @@ def load_frozen_features(settings: AdversarialSettings) -> Arrays:
   return {f"dino.{path}": x for path, x in arrays.of(dino).items()}
 
 
-class TokenizerTrainer(Trainer):
+class TokenizerTrainer(Trainer[TrainState, jax.Array]):
   """Trains the adapters and the quantizer; see `Trainer`.
 
   Raises:
@@ -201,9 +200,9 @@ class TokenizerTrainer(Trainer):
     """Fresh adapters, quantizer and heads; of the VAE's own arrays none is drawn."""
     params = arrays.of(self._make_tokenizer(key), self._trained) | given
     heads = Heads({}, {})
-    if self._networks.discriminator is not None:
-      rngs = nnx.Rngs(jax.random.fold_in(key, Stream.DISCRIMINATOR))
-      heads, _ = split_discriminator(make_discriminator(self.config, rngs))
+    rngs = nnx.Rngs(jax.random.fold_in(key, Stream.DISCRIMINATOR))
+    if (discriminator := make_discriminator(self.config, rngs)) is not None:
+      heads, _ = split_discriminator(discriminator)
     copy = functools.partial(jax.tree.map, jnp.copy)  # donated buffers must not be shared
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -226,7 +225,8 @@ class TokenizerTrainer(Trainer):
       draw = jax.jit(self._draw_codes, out_shardings=places)
       params, ema = draw(state.params, self._frozen, self._key, next(batches))
       batches.close()
-      state = state.replace(params=state.params | {codes: params}, ema=state.ema | {codes: ema})
+      params, ema = state.params | {codes: params}, state.ema | {codes: ema}
+      state = dataclasses.replace(state, params=params, ema=ema)
     return state
 
   def _draw_codes(self, params: Arrays, frozen, key, images: jax.Array):
@@ -241,7 +241,7 @@ class TokenizerTrainer(Trainer):
 
   # One update.
 
-  def _update(self, state: TrainState, frozen, key: jax.Array, images: jax.Array):
+  def _update(self, state: TrainState, frozen, key: jax.Array, batch: jax.Array):
     """From images uint8 [accumulation, B, H, W, 3]."""
     config, disc = self.config, state.discriminator
     vae, codes = self.tokenizer_config.vae, self.tokenizer_config.quantizer.codebook_size
@@ -266,7 +266,7 @@ class TokenizerTrainer(Trainer):
       return out.variables, means, count_codes(out.ids, codes)
 
     variables, (gradients, disc_gradients, metrics), counts = over_micro_batches(
-      micro_batch, disc.variables, images
+      micro_batch, disc.variables, batch
     )
     params, optimizer = descend(self._optimizer, gradients, state.optimizer, state.params)
     ema = averaged(state.ema, params, ema_decay(config.ema, state.step, self.steps_per_epoch))
@@ -279,7 +279,7 @@ class TokenizerTrainer(Trainer):
       "codes_idle": jnp.mean(age >= _IDLE),
       "code_age_max": age.max(),
     }
-    if self._networks.discriminator is not None:
+    if self._networks.adversary is not None:
       metrics["disc_grad_norm"] = optax.tree.norm(disc_gradients)
       disc_params, disc_optimizer = descend(
         self._disc_optimizer, disc_gradients, disc.optimizer, disc.params
@@ -289,7 +289,7 @@ class TokenizerTrainer(Trainer):
 
   # Data, evaluation, export.
 
-  def _local_batches(self, start: int) -> Any:
+  def _local_batches(self, start: int):
     data = self.config.data
     return pipeline.train_batches(
       self.train_images,
@@ -325,7 +325,8 @@ class TokenizerTrainer(Trainer):
 
   def _reconstruct_batch(self, ema: Arrays, frozen, images: jax.Array) -> BatchResult:
     tokenizer = arrays.merge(self._networks.tokenizer, frozen["tokenizer"], ema)
-    lpips = arrays.merge(self._networks.lpips, frozen["lpips"]) if "lpips" in frozen else None
+    lpips = self._networks.lpips
+    lpips = None if lpips is None else arrays.merge(lpips, frozen["lpips"])
     return reconstruct_batch(tokenizer, pipeline.normalize(images), lpips)
 
   def export(self, state: TrainState, workdir: pathlib.Path) -> None:

@@ -3,18 +3,31 @@
 import abc
 import enum
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 
 from coda_jax import sharding
-from coda_jax.arrays import Arrays
+from coda_jax.arrays import Arrays, Tree
 from coda_jax.training import checkpoints
 from coda_jax.training.logging import parameter_summary, parameter_table
 
-State = Any  # a pytree of jax arrays, with fields `step`, `params` and `ema` among others
+
+@runtime_checkable
+class TrainingState(Protocol):
+  """A pytree that an update changes; the paths of its arrays are those of its checkpoints."""
+
+  @property
+  def step(self) -> Tree: ...
+
+  @property
+  def params(self) -> Tree: ...
+
+
+State = TypeVar("State", bound=TrainingState)
+Batch = TypeVar("Batch")  # a tree of arrays [accumulation, B, ...]
 
 
 class Stream(enum.IntEnum):
@@ -25,7 +38,7 @@ class Stream(enum.IntEnum):
   DISCRIMINATOR = 2**32 - 3
 
 
-class Trainer(abc.ABC):
+class Trainer(abc.ABC, Generic[State, Batch]):
   """What is trained; `loop.run` calls it on every process, under `jax.set_mesh(trainer.mesh)`.
 
   A subclass loads its networks in `__init__`, names how long the run is, and calls `_set_up`.
@@ -68,17 +81,19 @@ class Trainer(abc.ABC):
     """
 
   @abc.abstractmethod
-  def _update(self, state: State, frozen: Any, key: jax.Array, batch: Any):
+  def _update(
+    self, state: State, frozen: Any, key: jax.Array, batch: Batch
+  ) -> tuple[State, dict[str, jax.Array]]:
     """(state, metrics) after one update; traceable.
 
     Args:
       frozen: arrays that no update changes.
       key: of this update alone.
-      batch: a tree of arrays [accumulation, B, ...].
+      batch: micro-batches.
     """
 
   @abc.abstractmethod
-  def _local_batches(self, start: int):
+  def _local_batches(self, start: int) -> Any:
     """This process's part of the batches from image number `start` on; has `close`."""
 
   def _picked(self, batch: dict[str, np.ndarray]) -> Any:
@@ -126,7 +141,7 @@ class Trainer(abc.ABC):
   def _first_state(self, key: jax.Array, given: Arrays) -> State:
     return self._fresh_state(jax.random.wrap_key_data(key), given)
 
-  def _keyed_update(self, state: State, frozen: Any, key: jax.Array, batch: Any):
+  def _keyed_update(self, state: State, frozen: Any, key: jax.Array, batch: Batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
     return self._update(state, frozen, key, batch)
 
@@ -140,11 +155,11 @@ class Trainer(abc.ABC):
     """Shapes, types and shardings of the state."""
     return self._abstract
 
-  def step(self, state: State, batch: Any) -> tuple[State, Mapping[str, jax.Array]]:
+  def step(self, state: State, batch: Batch) -> tuple[State, Mapping[str, jax.Array]]:
     """One update; `state` is donated. Metrics are scalars or vectors, finite if all is well."""
     return self._step(state, self._frozen, self._key, batch)
 
-  def batches(self, step: int) -> Iterator[Any]:
+  def batches(self, step: int) -> sharding.GlobalBatches:
     """Global batches for the updates from `step` on, a function of the config and `step` alone."""
     data = self.config.data
     local = self._local_batches(step * data.batch_size)
