@@ -123,7 +123,7 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
   for key, ours in manifest.items():
     theirs = there.get(key)
     if key == "shards":
-      ours, theirs = len(ours), len(theirs)
+      ours, theirs = len(ours), len(theirs or [])
     if key not in ("complete", "order") and ours != theirs:
       raise UserError(
         f"{output} holds tokens with {key} {theirs!r}, not {ours!r}; take a new --output"
@@ -217,13 +217,12 @@ def _write_shard(
         padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
         padded[: len(batch)] = batch
         ids.append(encode(padded)[: len(batch)])
-  labels = np.asarray(labels, np.int32)
-  if ids:
-    mixed = rng.generator(args.seed, rng.Stream.TOKEN_MIX, int(rows[0])).permutation(len(labels))
-    ids, labels = np.concatenate(ids)[mixed], labels[mixed]
   _write_json(_counts_file(file), {"images": len(labels), "unreadable": unreadable})
-  parts = [slice(i, i + tokens.RECORD_IMAGES) for i in range(0, len(labels), tokens.RECORD_IMAGES)]
-  records.write(file, (tokens.pack(ids[p], labels[p]) for p in parts))
+  mixed = rng.generator(args.seed, rng.Stream.TOKEN_MIX, int(rows[0])).permutation(len(labels))
+  all_ids = np.concatenate(ids)[mixed] if ids else np.zeros((0, 0), np.uint16)
+  all_labels = np.asarray(labels, np.int32)[mixed]
+  parts = (slice(i, i + tokens.RECORD_IMAGES) for i in range(0, len(mixed), tokens.RECORD_IMAGES))
+  records.write(file, (tokens.pack(all_ids[p], all_labels[p]) for p in parts))
 
 
 def main(argv=None):

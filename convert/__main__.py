@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
   layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
 
-  def add(name, inputs, text, nargs=1):
+  def add(name: str, inputs: str, text: str, nargs: int | str = 1):
     sub = layouts.add_parser(name, help=text, description=text, allow_abbrev=False)
     sub.add_argument("inputs", nargs=nargs, metavar=inputs)
     sub.add_argument("--output", required=True, metavar="DIR", help="directory to make")
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
   if layout == "lpips" and bool(inputs) == options["from_package"]:
     raise cli.UsageError("lpips: give files, or --from-package")
   if layout == "to-torch":
-    to_torch(*inputs, output, **options)
+    to_torch(inputs[0], output, **options)
   else:
     convert(layout, inputs, output, **options)
   print(f"wrote {output}")

@@ -148,25 +148,27 @@ def save(path: str | os.PathLike, items: Iterable[tuple[str, Callable[[], np.nda
   """
   pickled = bytearray(b"\x80\x02" + _ordered_dict() + b"(")
   try:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with open(path, "wb") as f, zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
       for index, (key, make) in enumerate(items):
         array = make()
         if array.dtype != np.float32:
           raise TypeError(f"{key}: {array.dtype}")
         shape = array.shape
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        _write_entry(archive, f"archive/data/{index}", raw)
+        _write_entry(archive, f.tell(), f"archive/data/{index}", raw)
         pickled += _text(key) + _pickled_tensor(str(index), shape)
-      _write_entry(archive, "archive/data.pkl", bytes(pickled) + b"u.")
-      _write_entry(archive, "archive/byteorder", b"little")
-      _write_entry(archive, "archive/version", b"3\n")
+      _write_entry(archive, f.tell(), "archive/data.pkl", bytes(pickled) + b"u.")
+      _write_entry(archive, f.tell(), "archive/byteorder", b"little")
+      _write_entry(archive, f.tell(), "archive/version", b"3\n")
   except OSError as e:  # a failed write does not know its file
     raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def _write_entry(archive: zipfile.ZipFile, name: str, data) -> None:
+def _write_entry(
+  archive: zipfile.ZipFile, position: int, name: str, data: bytes | memoryview
+) -> None:
   entry = zipfile.ZipInfo(name)  # dated 1980, so that equal weights make equal files
-  start = archive.fp.tell() + 30 + len(name.encode()) + 4
+  start = position + 30 + len(name.encode()) + 4
   pad = -start % 64  # torch maps storages and wants them aligned; the extra field fills up
   entry.extra = b"FB" + struct.pack("<H", pad) + b"Z" * pad
   with archive.open(entry, "w") as f:

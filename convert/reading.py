@@ -182,6 +182,7 @@ def _fit(
   Raises:
     UserError: the keys are those of no layout, or entries are missing, extra or misshapen.
   """
+  flat: Flat = {}
   for layout in layouts:
     flat = rules.unwrapped(layout, state, where)
     if all(any(rules.matches([mark], k) for k in flat) for mark in layout.marks):

@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -190,11 +190,15 @@ class Unpickler(pickle._Unpickler):
   """
 
   stack: list[Any]
+  read: Callable[[int], bytes]
 
   def __init__(self, stream: Any, load_storage: Callable[[Any], Any]):
     super().__init__(stream, encoding="latin1")
     self.memo = _Memo()
-    self.persistent_load = load_storage
+    self._load_storage = load_storage
+
+  def persistent_load(self, pid: Any) -> Any:
+    return self._load_storage(pid)
 
   def find_class(self, module: str, name: str) -> _Name:
     return _Name(f"{module}.{name}")
@@ -216,7 +220,7 @@ class Unpickler(pickle._Unpickler):
     (count,) = struct.unpack("<Q", self.read(8))
     self.stack.append(bytearray(self.read(count)))
 
-  dispatch = {
+  dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
     **pickle._Unpickler.dispatch,
     pickle.BUILD[0]: load_build,
     pickle.BYTEARRAY8[0]: load_bytearray8,

@@ -97,9 +97,10 @@ def test_what_an_older_version_left_is_refused_if_unfinished(folder, flipped, tm
   assert sorted(p.name for p in old.iterdir()) == before
 
 
-def test_ten_crop_and_random_crops_count(folder, tmp_path):
+def test_ten_crop_and_random_crops_count(folder, flipped, tmp_path):
   ten = tokenize(folder, tmp_path / "ten", "--ten-crop")
-  assert len(ten) == 240 and ten.manifest["images"] == 240
+  assert len(ten) == 240 and ten.manifest["images"] == 240 and len(ten.sizes) > 3
+  assert {*map(tuple, everything(flipped)[0])} < {*map(tuple, everything(ten)[0])}
   assert len(tokenize(folder, tmp_path / "random", "--random-crops", "2", "--flip")) == 96
 
 

@@ -79,11 +79,12 @@ def _init_worker(index: int, count: int):
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-  def die_with_parent():  # killed by SIGKILL, the main process cannot stop its workers
-    multiprocessing.parent_process().join()
+  def die_with(parent):  # killed by SIGKILL, the main process cannot stop its workers
+    parent.join()
     os._exit(1)
 
-  threading.Thread(target=die_with_parent, daemon=True).start()
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=die_with, args=(parent,), daemon=True).start()
 
 
 def _check_shared_memory(needed: int):

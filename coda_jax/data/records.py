@@ -1,5 +1,6 @@
 """ArrayRecord files, whose records are read in any order. Images and tokens are kept in them."""
 
+import importlib
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,12 +12,13 @@ from coda_jax.errors import UserError
 def _array_record() -> tuple[type, type]:
   """(writer, data source) of the package, which is imported only where it is needed."""
   try:
-    from array_record.python import array_record_data_source, array_record_module
+    writer = importlib.import_module("array_record.python.array_record_module")
+    source = importlib.import_module("array_record.python.array_record_data_source")
   except ImportError as e:
     raise UserError(
       "arrayrecord: needs the package array-record, which exists for Linux alone"
     ) from e
-  return array_record_module.ArrayRecordWriter, array_record_data_source.ArrayRecordDataSource
+  return writer.ArrayRecordWriter, source.ArrayRecordDataSource
 
 
 def write(path: pathlib.Path, records: Iterable[bytes]) -> None:

@@ -11,6 +11,7 @@ that worker processes get a copy.
   embedded@val                the photos in the repository's assets/photos/val
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -32,7 +33,10 @@ EMBEDDED_PHOTOS = pathlib.Path(__file__).parents[2] / "assets" / "photos"
 class ImageSource(Protocol):
   """Random access to encoded images. Rows never change order while a run lasts."""
 
-  class_names: Sequence[str]  # empty when the images have no labels (label -1)
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Empty when the images have no labels (label -1)."""
+    ...
 
   def __len__(self) -> int: ...
 
@@ -162,7 +166,7 @@ class TfdsSource:
 
   def __init__(self, name: str, split: str):
     try:
-      import tensorflow_datasets as tfds
+      tfds = importlib.import_module("tensorflow_datasets")
     except ImportError as e:
       raise UserError(
         "tfds: needs tensorflow-datasets, the extra 'tfds': pip install 'coda_jax[tfds]'"

@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -292,13 +291,11 @@ next(batches)
 print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 input()
 """
-  parent = subprocess.Popen(
-    [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-  )
-  workers = [int(pid) for pid in parent.stdout.readline().split()]
-  assert len(workers) == 2
-  parent.send_signal(signal.SIGKILL)
-  parent.wait()
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  with subprocess.Popen([sys.executable, "-c", program], **pipes) as parent:
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
 
   def alive(pid: int) -> bool:
     stat = pathlib.Path(f"/proc/{pid}/stat")

@@ -44,7 +44,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
 
 
 def test_the_package_is_missing(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "array_record.python", None)
+  monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
   with pytest.raises(UserError, match="needs the package array-record"):
     records.write(tmp_path / "a", [])
   with pytest.raises(UserError, match="needs the package array-record"):
