@@ -24,8 +24,15 @@ from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures
-from coda_jax.evaluation import reconstruction as rec
-from coda_jax.evaluation.image_quality import to_uint8
+from coda_jax.evaluation.evaluator import outputs
+from coda_jax.evaluation.image_quality import Quality, to_uint8
+from coda_jax.evaluation.reconstruction import (
+  Batch,
+  BatchResult,
+  frozen_vae,
+  lpips_from,
+  through_vae,
+)
 from coda_jax.outputs import check_output, written_aside
 
 log = logging.getLogger("coda_jax")
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
   levels = len(tokenizer.config.quantizer.patch_sizes)
   if args.levels is not None and not 1 <= args.levels <= levels:
     raise UserError(f"--levels {args.levels}: the tokenizer has levels 1 to {levels}")
-  vae = weights.load_vae(args.vae) if args.vae else rec.frozen_vae(tokenizer)
+  vae = weights.load_vae(args.vae) if args.vae else frozen_vae(tokenizer)
   config = tokenizer.config.vae
   if args.image_size:
     config.latent_size(args.image_size, args.image_size)
@@ -89,29 +96,32 @@ def run(args: argparse.Namespace) -> None:
   if note:
     log.warning(note)
 
-  distances = rec.LPIPSDistance(lpips)
   functions = {
-    "continuous_vae": rec.through_vae(vae),
+    "continuous_vae": through_vae(vae),
     "tokenizer": _through_tokenizer(args.levels)(tokenizer),
   }
+
+  def reconstruct(x: np.ndarray) -> dict[str, BatchResult]:
+    x = normalize(x)
+    distance = lpips_from(lpips, x)
+    made = {what: function(x) for what, function in functions.items()}
+    return {what: BatchResult(images, distance(images)) for what, images in made.items()}
+
   with written_aside(args.output) as folder:
     rows, metrics = {}, {}
     files = _file_names(names)
-    for indices, batch in _batches(names, read, config.downsampling, args):
-      x = normalize(batch)
-      distance, shown = distances(x), {}
-      for what, function in functions.items():
-        made = function(x)
-        quality = rec.Quality.of(batch, np.asarray(made), distance(made))
-        shown[what] = quality, to_uint8(np.asarray(made), "nearest")
-      for i, index in enumerate(indices):
-        for what, (_, made) in shown.items():
-          _save(made[i], folder / what / files[index])
-        found = {what: quality.take(np.array([i])).means() for what, (quality, _) in shown.items()}
+    batches = _batches(names, read, config.downsampling, args)
+    for batch, results in outputs(reconstruct, batches):
+      qualities = {k: Quality.of(Batch(batch["image"], r)) for k, r in results.items()}
+      made = {what: to_uint8(r.images, "nearest") for what, r in results.items()}
+      for i, index in enumerate(batch["index"].tolist()):
+        for what, images in made.items():
+          _save(images[i], folder / what / files[index])
+        found = {what: q.take(slice(i, i + 1)).summary() for what, q in qualities.items()}
         metrics[index] = {"name": names[index], **found}
         if index < _GRID_IMAGES:
-          images = (batch[i], *(made[i] for _, made in shown.values()))
-          rows[index] = [figures.thumbnail(image) for image in images]
+          shown = batch["image"][i], *(images[i] for images in made.values())
+          rows[index] = [figures.thumbnail(image) for image in shown]
     if not metrics:
       raise UserError(f"{args.images} has no readable image")
     metrics = [metrics[i] for i in sorted(metrics)]
@@ -181,18 +191,23 @@ def _check_sizes(names, read, stride: int, args) -> float | int:
   return smallest
 
 
-def _batches(names, read, stride: int, args) -> Iterator[tuple[list[int], np.ndarray]]:
-  """(rows, uint8 [B, H, W, 3]) of one size each; a batch may be padded at its end.
+def _batches(names, read, stride: int, args) -> Iterator[dict[str, np.ndarray]]:
+  """Batches for `outputs`, each of images of one size; "index" is that of the name.
 
-  Every size is compiled once: the last batch of a size is as large as those before it.
+  Every size is compiled once: the last batch of a size is padded to those before it.
   """
   waiting, full = {}, set()
 
   def batch(shape):
-    rows, images = zip(*waiting.pop(shape), strict=True)
-    if shape in full:
-      images += (images[-1],) * (args.batch_size - len(images))
-    return list(rows), np.stack(images)
+    indices, images = zip(*waiting.pop(shape), strict=True)
+    rows = np.arange(args.batch_size if shape in full else len(images))
+    last = len(images) - 1
+    padded = np.minimum(rows, last)
+    return {
+      "image": np.stack(images)[padded],
+      "valid": rows <= last,
+      "index": np.asarray(indices)[padded],
+    }
 
   for i, name in enumerate(names):
     try:

@@ -3,10 +3,9 @@
 import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
@@ -21,7 +20,7 @@ Images = Mapping[str, np.ndarray]  # a batch: "image", "valid" and perhaps more,
 
 
 def evaluate(
-  function: Callable[[jax.Array], BatchResult],
+  function: Callable[[Any], BatchResult],
   batches: Iterable[Images],
   *,
   mesh: jax.sharding.Mesh | None = None,
@@ -49,7 +48,7 @@ def evaluate(
 
 
 def outputs(
-  function: Callable[[jax.Array], T],
+  function: Callable[[Any], T],
   batches: Iterable[Images],
   mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[tuple[Images, T]]:
@@ -59,17 +58,18 @@ def outputs(
   devices work while the caller measures.
 
   Args:
-    function: compiled, of images uint8 [B, H, W, 3] on devices; every array that it returns is
-      [B, ...] and, with a mesh, split over the batch as the images are.
+    function: compiled, of images uint8 [B, H, W, 3]: of a global array with a mesh, else of the
+      NumPy array. It returns a tree of arrays [B, ...], with a mesh split over the batch as the
+      images are.
     batches: {"image": uint8 [b, H, W, 3], "valid": bool [b], other names: [b, ...]}, such as
       `pipeline.eval_batches` or `in_batches` yield.
-    mesh: over whose devices a global batch is split; None for the default device.
+    mesh: over whose devices a global batch is split; None for one device, the default.
   """
   placement = None if mesh is None else sharding.batch_sharding(mesh)
 
   def start(batch: Images) -> T:
     if placement is None:
-      return function(jnp.asarray(batch["image"]))
+      return function(batch["image"])
     result = function(sharding.to_global(batch["image"], placement))
     return multihost_utils.global_array_to_host_local_array(result, mesh, placement.spec)
 

@@ -160,7 +160,7 @@ def lpips_from(
 def frozen_vae(tokenizer: Tokenizer) -> AutoencoderKL:
   """The continuous VAE that a tokenizer was adapted from: its own, without the adapters."""
   config, dtype = tokenizer.config.vae, tokenizer.vae.dtype
-  make = lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
   own = arrays.of(tokenizer.vae)
   kept = {k: own[k] for k in weights.expected_shapes(make)}
   return weights.build(make, kept, "the tokenizer's VAE")
