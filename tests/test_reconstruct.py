@@ -9,7 +9,6 @@ from PIL import Image
 from coda_jax import reconstruct, weights
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
-from coda_jax.evaluation import reconstruction
 from coda_jax.evaluation.image_quality import psnr, to_uint8
 from tests import tiny
 
@@ -31,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-  monkeypatch.setattr(reconstruction, "find_lpips", lambda path: (None, "LPIPS is left out"))
+  monkeypatch.setattr(weights, "find_lpips", lambda path: (None, "LPIPS is left out"))
 
 
 def run(folder, images, output, *words):
@@ -104,11 +103,11 @@ def test_batches_have_one_shape_per_size():
   args = argparse.Namespace(image_size=None, crop=False, batch_size=2)
   names = [f"{i}.png" for i in range(5)]
   batches = list(reconstruct._batches(names, read, 2, args))
-  assert [(rows, x.shape) for rows, x in batches] == [
-    ([0, 1], (2, 4, 4, 3)),
-    ([2, 4], (2, 4, 6, 3)),
-    ([3], (2, 4, 4, 3)),  # padded to the shape that is compiled already
+  assert [(b["image"].shape, b["index"].tolist(), b["valid"].tolist()) for b in batches] == [
+    ((2, 4, 4, 3), [0, 1], [True, True]),
+    ((2, 4, 6, 3), [2, 4], [True, True]),
+    ((2, 4, 4, 3), [3, 3], [True, False]),  # padded to the shape that is compiled already
   ]
-  for rows, x in batches:
-    for row, image in zip(rows, x, strict=False):
-      np.testing.assert_array_equal(image, images[row])
+  for batch in batches:
+    for index, image in zip(batch["index"], batch["image"], strict=True):
+      np.testing.assert_array_equal(image, images[index])

@@ -31,9 +31,9 @@ class Encoded:
     codebook_size: V, of which the ids are.
   """
 
-  ids: list[jax.Array]
-  latents: jax.Array
-  quantized: jax.Array
+  ids: list[jax.Array | np.ndarray]
+  latents: jax.Array | np.ndarray
+  quantized: jax.Array | np.ndarray
   codebook_size: int = struct.field(pytree_node=False)
 
   @property
@@ -143,7 +143,7 @@ _distance = jit_module(lambda lpips, a, b: lpips.distance(a, b))
 
 
 def lpips_from(
-  lpips: LPIPS | None, originals: Float[Array, "b h w 3"]
+  lpips: LPIPS | None, originals: Float[Array | np.ndarray, "b h w 3"]
 ) -> Callable[[Float[Array, "b h w 3"]], Float[Array, "b"] | None]:
   """LPIPS of reconstructions of the same originals, whose features are computed once.
 

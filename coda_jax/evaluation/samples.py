@@ -9,8 +9,8 @@ is an entry in `NETWORKS` and one in `MEASURES` for each of its measures.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -100,7 +100,7 @@ class SampleEvaluator:
         out[name].append(x)
     return {name: np.concatenate(parts) for name, parts in out.items()}
 
-  def _of_batch(self, images: np.ndarray) -> dict[str, jax.Array]:
+  def _of_batch(self, images: np.ndarray) -> dict[str, Any]:
     images = pipeline.normalize(images)
     return {name: network(images) for name, network in self._networks.items()}
 
