@@ -5,23 +5,20 @@ beside the original, and `metrics.json`; prints PSNR, SSIM and LPIPS.
 """
 
 import argparse
-import collections
 import functools
-import io
 import json
 import logging
 import math
-import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from coda_jax import cli, weights
 from coda_jax.arrays import jit_module
-from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
+from coda_jax.data.whole_images import WholeImages, file_names, open_images
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures
 from coda_jax.evaluation.evaluator import outputs
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
   if args.image_size is not None and args.image_size < 1:
     raise cli.UsageError("--image-size must be at least 1")
   check_output(args.output, args.overwrite)
-  names, read = _open(args.images)
+  names, read = open_images(args.images)
   tokenizer = weights.load_tokenizer(args.tokenizer)
   levels = len(tokenizer.config.quantizer.patch_sizes)
   if args.levels is not None and not 1 <= args.levels <= levels:
@@ -88,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
   config = tokenizer.config.vae
   if args.image_size:
     config.latent_size(args.image_size, args.image_size)
-  smallest = _check_sizes(names, read, config.downsampling, args)
+  source = WholeImages(args.images, names, read, config.downsampling, args.image_size, args.crop)
+  smallest = source.smallest_side()
 
   lpips, note = weights.find_lpips(args.lpips)
   if lpips is not None and smallest < _SMALLEST_FOR_LPIPS:
@@ -109,9 +107,8 @@ def run(args: argparse.Namespace) -> None:
 
   with written_aside(args.output) as folder:
     rows, metrics = {}, {}
-    files = _file_names(names)
-    batches = _batches(names, read, config.downsampling, args)
-    for batch, results in outputs(reconstruct, batches):
+    files = file_names(names)
+    for batch, results in outputs(reconstruct, source.batches(args.batch_size)):
       qualities = {k: Quality.of(Batch(batch["image"], r)) for k, r in results.items()}
       made = {what: to_uint8(r.images, "nearest") for what, r in results.items()}
       for i, index in enumerate(batch["index"].tolist()):
@@ -138,100 +135,6 @@ def run(args: argparse.Namespace) -> None:
 def _through_tokenizer(levels: int | None) -> Callable:
   """A compiled `(tokenizer, images) -> reconstructions`."""
   return jit_module(lambda tokenizer, x: tokenizer.reconstruct(x, levels))
-
-
-def _open(path: str) -> tuple[list[str], Callable[[int], bytes]]:
-  """Names of the images, for files and labels, and what reads one of them."""
-  if os.path.isfile(path):
-    return [os.path.basename(path)], lambda _: pathlib.Path(path).read_bytes()
-  if not os.path.isdir(path) and not (":" in path or "@" in path):
-    raise UserError(f"{path}: no such image file or folder")
-  source = sources.open_source(f"folder:{path}" if os.path.isdir(path) else path)
-  if isinstance(source, sources.FolderSource):
-    names = [os.path.relpath(source.name(i), source.root) for i in range(len(source))]
-  else:
-    names = [f"{i:06d}" for i in range(len(source))]
-  return names, lambda i: source[i][0]
-
-
-def _file_names(names: list[str]) -> list[str]:
-  """`a/b.jpg` -> `a/b.png`; images that differ by their extension alone keep it."""
-  stems = [os.path.splitext(n)[0] for n in names]
-  count = collections.Counter(stems)
-  return [f"{s if count[s] == 1 else n}.png" for n, s in zip(names, stems, strict=True)]
-
-
-def _fit(size: tuple[int, int], stride: int, args) -> tuple[int, int]:
-  """Width and height that an image of `size` is brought to."""
-  if args.image_size:
-    return args.image_size, args.image_size
-  return tuple(n // stride * stride for n in size) if args.crop else size
-
-
-def _check_sizes(names, read, stride: int, args) -> float | int:
-  """The smallest side of all images, infinite if none is readable.
-
-  Raises:
-    UserError: one of them does not fit the stride.
-  """
-  smallest = math.inf
-  for i, name in enumerate(names):
-    try:
-      size = Image.open(io.BytesIO(read(i))).size  # the header alone
-    except Exception:  # reported when it is decoded
-      continue
-    fitted = _fit(size, stride, args)
-    if not all(fitted) or any(n % stride for n in fitted):
-      what = "is smaller than" if args.crop else "is not a multiple of"
-      hint = "" if args.crop else "; --crop takes the nearest smaller size, --image-size N another"
-      raise UserError(
-        f"{name}: its size of {size[0]} x {size[1]} pixels {what} the VAE's stride {stride}{hint}"
-      )
-    smallest = min(smallest, *fitted)
-  return smallest
-
-
-def _batches(names, read, stride: int, args) -> Iterator[dict[str, np.ndarray]]:
-  """Batches for `outputs`, each of images of one size; "index" is that of the name.
-
-  Every size is compiled once: the last batch of a size is padded to those before it.
-  """
-  waiting, full = {}, set()
-
-  def batch(shape):
-    indices, images = zip(*waiting.pop(shape), strict=True)
-    rows = np.arange(args.batch_size if shape in full else len(images))
-    last = len(images) - 1
-    padded = np.minimum(rows, last)
-    return {
-      "image": np.stack(images)[padded],
-      "valid": rows <= last,
-      "index": np.asarray(indices)[padded],
-    }
-
-  for i, name in enumerate(names):
-    try:
-      image = decode.decode_image(read(i))
-      if args.image_size:
-        image = decode.resize_and_crop(image, args.image_size, resize_ratio=1.0)
-      else:
-        image = _centre(np.asarray(image), *_fit(image.size, stride, args))
-    except (decode.UnreadableImage, OSError) as e:
-      if len(names) == 1:
-        raise UserError(f"{args.images} cannot be read: {e}") from e
-      log.warning("unreadable image %s (%s): left out", name, e)
-      continue
-    waiting.setdefault(image.shape, []).append((i, image))
-    if len(waiting[image.shape]) == args.batch_size:
-      full.add(image.shape)
-      yield batch(image.shape)
-  for shape in list(waiting):
-    yield batch(shape)
-
-
-def _centre(image: np.ndarray, width: int, height: int) -> np.ndarray:
-  top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-  return image[top : top + height, left : left + width]
 
 
 def _save(image: np.ndarray, path: pathlib.Path) -> None:

@@ -113,8 +113,8 @@ def of_all_processes(local: Results) -> Results:
   files = multihost_utils.process_allgather(np.pad(ours, (0, sizes.max() - len(ours))))
 
   def read(file: np.ndarray) -> Results:
-    found = np.load(io.BytesIO(file.tobytes()))
-    return jax.tree.unflatten(structure, [found[name] for name in found.files])
+    with np.load(io.BytesIO(file.tobytes())) as found:
+      return jax.tree.unflatten(structure, [found[name] for name in found.files])
 
   parts = (read(file[:size]) for file, size in zip(files, sizes, strict=True))
   return functools.reduce(Results.merge, parts)
