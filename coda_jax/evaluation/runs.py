@@ -1,4 +1,4 @@
-"""All that the report shows of tokenizers and of the continuous VAE, and how it is measured."""
+"""Measurements of tokenizers and of the continuous VAE, for the report."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from coda_jax.models.vae import AutoencoderKL
 
 _SAMPLE, _PICTURES = 32, 8  # images whose levels are decoded one by one; those that are shown
 
-# Compiled in parts, which measurements share; tokenizers of one structure share them too.
+# Measurements of one tokenizer, and tokenizers of one structure, share these compiled parts.
 _encode = jit_module(encode_levels)
 _decode = jit_module(decode_latents)
 _batch_result = jax.jit(BatchResult.of)
@@ -45,10 +45,10 @@ class Latents:
 
   Attributes:
     continuous: [N, C] latents.
-    quantized: [L, N, C] what 1 to L levels make of them.
-    level_inputs: [n, C] per level, what it looks up.
-    values: [V, C] what each code stands for.
-    counts: [levels, V] how often the same images use each code.
+    quantized: [L, N, C] the latents quantized by the first 1 to L levels.
+    level_inputs: [n, C] per level, the vectors that it looks up.
+    values: [V, C] the vector of each code.
+    counts: [levels, V] uses of each code by the same images.
   """
 
   continuous: np.ndarray
@@ -60,13 +60,13 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What was measured of one tokenizer.
+  """Measurements of one tokenizer.
 
   Attributes:
     name: as the report calls it.
     config: the tokenizer's.
     results: metrics of every image.
-    usage: codes counted for utilization, and `usage_source`, in words, on what.
+    usage: counts of the codes; `usage_source` names the images that they were counted on.
     level_quality: likeness with 1 to L levels, on a sample of the images.
     pictures: uint8 [n, L, H, W, 3] the first n images of the sample with 1 to L levels.
     latents: for the pictures of latent space.
@@ -90,7 +90,7 @@ class Run:
 
   @property
   def error(self) -> QuantizationError:
-    """Of the latents of every image."""
+    """Quantization error of every image."""
     return self.results[QuantizationError]
 
   @property
@@ -111,7 +111,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """What all runs are compared with.
+  """The continuous VAE, which all runs are compared with.
 
   Attributes:
     data: where the images come from and how they were cut, in words.
@@ -227,11 +227,11 @@ def count_usage(
   resize_ratio: float | None,
   batch_size: int,
 ) -> tuple[CodebookUsage, str]:
-  """Codes of random crops, always the same ones, and what they were counted on, in words.
+  """Usage of codes by random crops, always the same ones, and the crops in words.
 
   Args:
-    tokens_per_code: how many tokens per code there should be at least; with `every_level` at
-      every level, else over all.
+    tokens_per_code: the least number of tokens per code, over all levels or, with `every_level`,
+      at every level.
     resize_ratio: as in `pipeline.train_batches`.
   """
   config, encode = tokenizer.config.quantizer, _encode(tokenizer)
