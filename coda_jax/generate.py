@@ -26,7 +26,6 @@ from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures, samples
 from coda_jax.evaluation.image_quality import to_uint8
-from coda_jax.evaluation.report import training_curves
 from coda_jax.generation import editing, masking, sampler
 from coda_jax.generation.generator import Generator, load_generator
 from coda_jax.generation.sampler import SamplerSettings
@@ -351,7 +350,9 @@ def _evaluate(
     )
     plot.savefig(folder / "sweep.png")
   # The folder around the generator is that of its training, unless it was moved.
-  curves = training_curves({"generator": read_metrics(pathlib.Path(args.model).resolve().parent)})
+  curves = figures.training_curves(
+    {"generator": read_metrics(pathlib.Path(args.model).resolve().parent)}
+  )
   if curves:
     figures.curves_plot(curves).savefig(folder / "curves.png")
   _write_json(folder / "metrics.json", metrics)

@@ -5,27 +5,31 @@ beside the original, and `metrics.json`; prints PSNR, SSIM and LPIPS.
 """
 
 import argparse
-import collections
 import functools
-import io
 import json
 import logging
 import math
-import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from coda_jax import cli, weights
 from coda_jax.arrays import jit_module
-from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
+from coda_jax.data.whole_images import WholeImages, file_names, open_images
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures
-from coda_jax.evaluation import reconstruction as rec
-from coda_jax.evaluation.image_quality import to_uint8
+from coda_jax.evaluation.evaluator import outputs
+from coda_jax.evaluation.image_quality import Quality, to_uint8
+from coda_jax.evaluation.reconstruction import (
+  Batch,
+  BatchResult,
+  frozen_vae,
+  lpips_from,
+  through_vae,
+)
 from coda_jax.outputs import check_output, written_aside
 
 log = logging.getLogger("coda_jax")
@@ -72,16 +76,17 @@ def run(args: argparse.Namespace) -> None:
   if args.image_size is not None and args.image_size < 1:
     raise cli.UsageError("--image-size must be at least 1")
   check_output(args.output, args.overwrite)
-  names, read = _open(args.images)
+  names, read = open_images(args.images)
   tokenizer = weights.load_tokenizer(args.tokenizer)
   levels = len(tokenizer.config.quantizer.patch_sizes)
   if args.levels is not None and not 1 <= args.levels <= levels:
     raise UserError(f"--levels {args.levels}: the tokenizer has levels 1 to {levels}")
-  vae = weights.load_vae(args.vae) if args.vae else rec.frozen_vae(tokenizer)
+  vae = weights.load_vae(args.vae) if args.vae else frozen_vae(tokenizer)
   config = tokenizer.config.vae
   if args.image_size:
     config.latent_size(args.image_size, args.image_size)
-  smallest = _check_sizes(names, read, config.downsampling, args)
+  source = WholeImages(args.images, names, read, config.downsampling, args.image_size, args.crop)
+  smallest = source.smallest_side()
 
   lpips, note = weights.find_lpips(args.lpips)
   if lpips is not None and smallest < _SMALLEST_FOR_LPIPS:
@@ -89,29 +94,31 @@ def run(args: argparse.Namespace) -> None:
   if note:
     log.warning(note)
 
-  distances = rec.LPIPSDistance(lpips)
   functions = {
-    "continuous_vae": rec.through_vae(vae),
+    "continuous_vae": through_vae(vae),
     "tokenizer": _through_tokenizer(args.levels)(tokenizer),
   }
+
+  def reconstruct(x: np.ndarray) -> dict[str, BatchResult]:
+    x = normalize(x)
+    distance = lpips_from(lpips, x)
+    made = {what: function(x) for what, function in functions.items()}
+    return {what: BatchResult(images, distance(images)) for what, images in made.items()}
+
   with written_aside(args.output) as folder:
     rows, metrics = {}, {}
-    files = _file_names(names)
-    for indices, batch in _batches(names, read, config.downsampling, args):
-      x = normalize(batch)
-      distance, shown = distances(x), {}
-      for what, function in functions.items():
-        made = function(x)
-        quality = rec.Quality.of(batch, np.asarray(made), distance(made))
-        shown[what] = quality, to_uint8(np.asarray(made), "nearest")
-      for i, index in enumerate(indices):
-        for what, (_, made) in shown.items():
-          _save(made[i], folder / what / files[index])
-        found = {what: quality.take(np.array([i])).means() for what, (quality, _) in shown.items()}
+    files = file_names(names)
+    for batch, results in outputs(reconstruct, source.batches(args.batch_size)):
+      qualities = {k: Quality.of(Batch(batch["image"], r)) for k, r in results.items()}
+      made = {what: to_uint8(r.images, "nearest") for what, r in results.items()}
+      for i, index in enumerate(batch["index"].tolist()):
+        for what, images in made.items():
+          _save(images[i], folder / what / files[index])
+        found = {what: q.take(slice(i, i + 1)).summary() for what, q in qualities.items()}
         metrics[index] = {"name": names[index], **found}
         if index < _GRID_IMAGES:
-          images = (batch[i], *(made[i] for _, made in shown.values()))
-          rows[index] = [figures.thumbnail(image) for image in images]
+          shown = batch["image"][i], *(images[i] for images in made.values())
+          rows[index] = [figures.thumbnail(image) for image in shown]
     if not metrics:
       raise UserError(f"{args.images} has no readable image")
     metrics = [metrics[i] for i in sorted(metrics)]
@@ -128,95 +135,6 @@ def run(args: argparse.Namespace) -> None:
 def _through_tokenizer(levels: int | None) -> Callable:
   """A compiled `(tokenizer, images) -> reconstructions`."""
   return jit_module(lambda tokenizer, x: tokenizer.reconstruct(x, levels))
-
-
-def _open(path: str) -> tuple[list[str], Callable[[int], bytes]]:
-  """Names of the images, for files and labels, and what reads one of them."""
-  if os.path.isfile(path):
-    return [os.path.basename(path)], lambda _: pathlib.Path(path).read_bytes()
-  if not os.path.isdir(path) and not (":" in path or "@" in path):
-    raise UserError(f"{path}: no such image file or folder")
-  source = sources.open_source(f"folder:{path}" if os.path.isdir(path) else path)
-  if isinstance(source, sources.FolderSource):
-    names = [os.path.relpath(source.name(i), source.root) for i in range(len(source))]
-  else:
-    names = [f"{i:06d}" for i in range(len(source))]
-  return names, lambda i: source[i][0]
-
-
-def _file_names(names: list[str]) -> list[str]:
-  """`a/b.jpg` -> `a/b.png`; images that differ by their extension alone keep it."""
-  stems = [os.path.splitext(n)[0] for n in names]
-  count = collections.Counter(stems)
-  return [f"{s if count[s] == 1 else n}.png" for n, s in zip(names, stems, strict=True)]
-
-
-def _fit(size: tuple[int, int], stride: int, args) -> tuple[int, int]:
-  """Width and height that an image of `size` is brought to."""
-  if args.image_size:
-    return args.image_size, args.image_size
-  return tuple(n // stride * stride for n in size) if args.crop else size
-
-
-def _check_sizes(names, read, stride: int, args) -> float | int:
-  """The smallest side of all images, infinite if none is readable.
-
-  Raises:
-    UserError: one of them does not fit the stride.
-  """
-  smallest = math.inf
-  for i, name in enumerate(names):
-    try:
-      size = Image.open(io.BytesIO(read(i))).size  # the header alone
-    except Exception:  # reported when it is decoded
-      continue
-    fitted = _fit(size, stride, args)
-    if not all(fitted) or any(n % stride for n in fitted):
-      what = "is smaller than" if args.crop else "is not a multiple of"
-      hint = "" if args.crop else "; --crop takes the nearest smaller size, --image-size N another"
-      raise UserError(
-        f"{name}: its size of {size[0]} x {size[1]} pixels {what} the VAE's stride {stride}{hint}"
-      )
-    smallest = min(smallest, *fitted)
-  return smallest
-
-
-def _batches(names, read, stride: int, args) -> Iterator[tuple[list[int], np.ndarray]]:
-  """(rows, uint8 [B, H, W, 3]) of one size each; a batch may be padded at its end.
-
-  Every size is compiled once: the last batch of a size is as large as those before it.
-  """
-  waiting, full = {}, set()
-
-  def batch(shape):
-    rows, images = zip(*waiting.pop(shape), strict=True)
-    if shape in full:
-      images += (images[-1],) * (args.batch_size - len(images))
-    return list(rows), np.stack(images)
-
-  for i, name in enumerate(names):
-    try:
-      image = decode.decode_image(read(i))
-      if args.image_size:
-        image = decode.resize_and_crop(image, args.image_size, resize_ratio=1.0)
-      else:
-        image = _centre(np.asarray(image), *_fit(image.size, stride, args))
-    except (decode.UnreadableImage, OSError) as e:
-      if len(names) == 1:
-        raise UserError(f"{args.images} cannot be read: {e}") from e
-      log.warning("unreadable image %s (%s): left out", name, e)
-      continue
-    waiting.setdefault(image.shape, []).append((i, image))
-    if len(waiting[image.shape]) == args.batch_size:
-      full.add(image.shape)
-      yield batch(image.shape)
-  for shape in list(waiting):
-    yield batch(shape)
-
-
-def _centre(image: np.ndarray, width: int, height: int) -> np.ndarray:
-  top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-  return image[top : top + height, left : left + width]
 
 
 def _save(image: np.ndarray, path: pathlib.Path) -> None:

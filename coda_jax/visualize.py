@@ -6,39 +6,23 @@ reconstructions, every level, the use of the codebook, latent space and the trai
 
 import argparse
 import dataclasses
-import functools
 import json
 import logging
-import math
 import pathlib
-from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from coda_jax import cli, weights
 from coda_jax.config import DataSettings
 from coda_jax.data import pipeline, sources
-from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
-from coda_jax.evaluation import reconstruction as rec
-from coda_jax.evaluation.codebook import CodebookUsage
-from coda_jax.evaluation.image_quality import to_uint8
-from coda_jax.evaluation.report import Latents, Reference, Run, write_report
-from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.models.vae import AutoencoderKL
+from coda_jax.evaluation.reconstruction import frozen_vae
+from coda_jax.evaluation.report import write_report
+from coda_jax.evaluation.runs import count_usage, measure_tokenizer, measure_vae
 from coda_jax.outputs import check_output, written_aside
 from coda_jax.training.logging import METRICS_FILE, read_metrics
 
 log = logging.getLogger("coda_jax")
-_SAMPLE, _PICTURES = 32, 8  # images whose levels are decoded one by one; those that are shown
-
-_encode_levels = rec.jit_module(rec.encode_levels)
-_decode = rec.jit_module(rec.decode_latents)
-_batch_result = jax.jit(rec.BatchResult.of)
-_level_inputs = jax.jit(rec.Encoded.level_inputs)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,18 +110,34 @@ def run(args: argparse.Namespace) -> None:
         f"{name} was trained on images of {tokenizer.config.image_size} pixels, {args.name} of"
         f" {size}: they cannot be compared"
       )
-  vae = weights.load_vae(args.vae) if args.vae else rec.frozen_vae(first)
+  vae = weights.load_vae(args.vae) if args.vae else frozen_vae(first)
   lpips, lpips_note = weights.find_lpips(args.lpips)
   if lpips_note:
     log.warning(lpips_note)
   with written_aside(args.output) as folder:
     images = _load(source, size, args)
-    sample = _sample(len(images))
-    reference = _reference(vae, images, sample, lpips, lpips_note, args)
+    reference = measure_vae(
+      vae,
+      images,
+      lpips,
+      batch_size=args.batch_size,
+      data=_described(len(images), size, args),
+      lpips_note=lpips_note,
+    )
     runs = []
     for name, tokenizer in tokenizers.items():
       log.info("measuring %s", name)
-      run = _measure(name, tokenizer, images, sample, source, lpips, args)
+      run = measure_tokenizer(name, tokenizer, images, lpips, batch_size=args.batch_size)
+      if args.tokens_per_code:
+        usage, crops = count_usage(
+          tokenizer,
+          source,
+          tokens_per_code=args.tokens_per_code,
+          every_level=args.every_level,
+          resize_ratio=args.resize_ratio,
+          batch_size=args.batch_size,
+        )
+        run = dataclasses.replace(run, usage=usage, usage_source=crops)
       runs.append(dataclasses.replace(run, history=read_metrics(workdirs[name])))
     write_report(folder / "report.html", args.title, runs, reference)
   print(f"{args.output / 'report.html'}")
@@ -167,125 +167,12 @@ def _load(source, size: int, args) -> np.ndarray:
   return images
 
 
-def _reference(
-  vae: AutoencoderKL, images, sample: np.ndarray, lpips, lpips_note: str, args
-) -> Reference:
-  """The continuous VAE on all images."""
-  parts, made = [], []
-  through_vae, distances = rec.through_vae(vae), rec.LPIPSDistance(lpips)
-  for batch, valid in rec.in_batches(images, args.batch_size):
-    x = normalize(batch)
-    out = through_vae(x)
-    distance = distances(x)(out)
-    out = np.asarray(out)
-    parts.append(rec.Quality.of(batch, out, distance).take(np.flatnonzero(valid)))
-    made.append(to_uint8(out[valid], "nearest"))
-  quality = functools.reduce(rec.Quality.merge, parts)
-  size = images.shape[1]
-  data = f"{len(images)} of {args.data}, the centre {size} × {size} pixels"
+def _described(count: int, size: int, args) -> str:
+  """Where the images come from and how they were cut."""
+  text = f"{count} of {args.data}, the centre {size} × {size} pixels"
   if args.resize_ratio is not None:
-    data += f" after the shorter edge was brought to {round(args.resize_ratio * size)}"
-  shown = sample[:_PICTURES]
-  return Reference(
-    data, quality, quality.take(sample), images[shown], np.concatenate(made)[shown], lpips_note
-  )
-
-
-def _measure(name: str, tokenizer: Tokenizer, images, sample: np.ndarray, source, lpips, args):
-  """Everything about one tokenizer but its history."""
-  config = tokenizer.config.quantizer
-  encode, decode = _encode_levels(tokenizer), _decode(tokenizer)
-  distances = rec.LPIPSDistance(lpips)
-  metrics = []
-  for batch, valid in rec.in_batches(images, args.batch_size):
-    x = normalize(batch)
-    encoded = encode(x)
-    out = decode(encoded.quantized[-1])
-    result = _batch_result(encoded, out, distances(x)(out))
-    metrics.append(rec.ReconstructionMetrics.of(result, batch, config.codebook_size, valid))
-  metrics = functools.reduce(rec.ReconstructionMetrics.merge, metrics)
-
-  levels = range(len(config.patch_sizes))
-  quality, pictures, encodings = [[] for _ in levels], [[] for _ in levels], []
-  for batch, valid in rec.in_batches(images[sample], args.batch_size):
-    x, rows = normalize(batch), np.flatnonzero(valid)
-    encoded, distance = encode(x), distances(x)
-    for k in levels:
-      out = decode(encoded.quantized[k])
-      found = rec.Quality.of(batch, np.asarray(out), distance(out))
-      quality[k].append(found.take(rows))
-      pictures[k].append(to_uint8(np.asarray(out), "nearest")[rows])
-    ids = [level[rows] for level in encoded.ids]
-    encodings.append(rec.Encoded(ids, encoded.latents[rows], encoded.quantized[:, rows]))
-
-  usage, usage_source = metrics.usage, f"the {len(images)} images"
-  if args.tokens_per_code:
-    usage, crops = _count_usage(tokenizer.config, encode, source, args)
-    usage_source = f"{crops:,} random crops, half of them mirrored, of {len(source)} images"
-  return Run(
-    name=name,
-    config=tokenizer.config,
-    metrics=metrics,
-    usage=usage,
-    usage_source=usage_source,
-    level_quality=[functools.reduce(rec.Quality.merge, q) for q in quality],
-    pictures=np.stack([np.concatenate(p)[:_PICTURES] for p in pictures], axis=1),
-    latents=_latents(tokenizer, encodings),
-  )
-
-
-def _latents(tokenizer: Tokenizer, encodings: list[rec.Encoded]) -> Latents:
-  every = rec.Encoded(
-    [jnp.concatenate(level) for level in zip(*(e.ids for e in encodings), strict=True)],
-    jnp.concatenate([e.latents for e in encodings]),
-    jnp.concatenate([e.quantized for e in encodings], axis=1),
-  )
-  channels = every.latents.shape[-1]
-  size = tokenizer.config.quantizer.codebook_size
-  return Latents(
-    continuous=np.asarray(every.latents).reshape(-1, channels),
-    quantized=np.asarray(every.quantized).reshape(len(every.ids), -1, channels),
-    level_inputs=[np.asarray(x) for x in _level_inputs(every)],
-    values=np.asarray(tokenizer.quantizer.values()),
-    counts=CodebookUsage.of(every.ids, size).counts,
-  )
-
-
-def _count_usage(
-  tokenizer: TokenizerConfig, encode: Callable, source, args
-) -> tuple[CodebookUsage, int]:
-  """Codes of as many random crops as `--tokens-per-code` asks for, always the same ones."""
-  config, batch_size = tokenizer.quantizer, args.batch_size
-  per_image = min(p * p for p in config.patch_sizes) if args.every_level else config.tokens
-  crops = math.ceil(args.tokens_per_code * config.codebook_size / per_image)
-  usage = CodebookUsage.empty(len(config.patch_sizes), config.codebook_size)
-  batches = pipeline.train_batches(
-    source,
-    image_size=tokenizer.image_size,
-    batch_size=batch_size,
-    seed=0,
-    resize_ratio=args.resize_ratio,
-    flip=True,
-  )
-  count = math.ceil(crops / batch_size)
-  with batches:
-    for _ in tqdm.trange(count, desc="counting codes", unit="batch", disable=None):
-      ids = encode(normalize(next(batches)["image"])).ids
-      usage = usage.merge(CodebookUsage.of(ids, config.codebook_size))
-  return usage, count * batch_size
-
-
-def _sample(count: int) -> np.ndarray:
-  """Rows of the images whose levels are decoded: evenly spread, those to be shown first."""
-  rows = _spread(count, _SAMPLE)
-  shown = rows[_spread(len(rows), _PICTURES)]
-  return np.concatenate([shown, np.setdiff1d(rows, shown)])
-
-
-def _spread(count: int, at_most: int) -> np.ndarray:
-  """Up to `at_most` evenly spread rows of `count`."""
-  n = min(count, at_most)
-  return np.arange(n) * count // n
+    text += f" after the shorter edge was brought to {round(args.resize_ratio * size)}"
+  return text
 
 
 if __name__ == "__main__":

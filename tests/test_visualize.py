@@ -7,7 +7,7 @@ from PIL import Image
 
 from coda_jax import cli, visualize, weights
 from coda_jax.errors import UserError
-from coda_jax.evaluation import reconstruction
+from coda_jax.evaluation import runs
 from coda_jax.models.lpips import LPIPS
 from tests import tiny
 
@@ -48,7 +48,7 @@ def run(folder, output, *words):
 
 
 def test_report_of_two_tokenizers(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(reconstruction, "find_lpips", lambda path: (MeanSquare(), ""))
+  monkeypatch.setattr(weights, "find_lpips", lambda path: (MeanSquare(), ""))
   measured = []
   write = visualize.write_report
   monkeypatch.setattr(
@@ -60,18 +60,18 @@ def test_report_of_two_tokenizers(folder, tmp_path, monkeypatch):
   _, _, (one, two), reference = measured[0]
   assert (one.name, two.name) == ("tokenizer", "other")
   assert len(one.history) == 2 and two.history == []
-  assert one.metrics.count == 3 and len(one.level_quality) == 4
+  assert one.images == 3 and len(one.level_quality) == 4
   # One token for each of 64 codes, one token an image at the first level.
   assert one.usage.level_tokens_per_code[0] == 1 and "64 random crops" in one.usage_source
-  np.testing.assert_array_equal(one.level_quality[-1].psnr, one.metrics.quality.psnr)
+  np.testing.assert_array_equal(one.level_quality[-1].psnr, one.quality.psnr)
   assert "shorter edge was brought to 20" in reference.data  # 1.25 x 16, as in training
 
   # What the report shows is what the tokenizer makes of the centre crops.
   original = np.asarray(Image.open(folder / "images" / "0.png"))[2:18, 4:20]
   np.testing.assert_array_equal(reference.originals[0], original)
   x = original / np.float32(127.5) - 1
-  encoded = visualize._encode_levels(tiny.tokenizer())(np.stack([x, x]))
-  made = np.clip(visualize._decode(tiny.tokenizer())(encoded.quantized[2]), -1, 1)
+  encoded = runs._encode(tiny.tokenizer())(np.stack([x, x]))
+  made = np.clip(runs._decode(tiny.tokenizer())(encoded.quantized[:, 2]), -1, 1)
   shown = one.pictures[0, 2].astype(np.float32) / 127.5 - 1
   assert np.abs(made[0] - shown).mean() < 0.01
   assert one.level_quality[2].lpips[0] == pytest.approx(np.square(made[0] - x).mean(), rel=0.01)

@@ -3,10 +3,9 @@
 import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
@@ -16,25 +15,25 @@ from coda_jax.errors import UserError
 from coda_jax.evaluation.metrics import METRICS, Metric, Results
 from coda_jax.evaluation.reconstruction import Batch, BatchResult
 
-T = TypeVar("T")  # a pytree of arrays [B, ...]
+T = TypeVar("T")  # a tree of arrays [B, ...]
 Images = Mapping[str, np.ndarray]  # a batch: "image", "valid" and perhaps more, all [b, ...]
 
 
 def evaluate(
-  function: Callable[[jax.Array], BatchResult],
+  function: Callable[[Any], BatchResult],
   batches: Iterable[Images],
   *,
   mesh: jax.sharding.Mesh | None = None,
   metrics: Sequence[type[Metric]] = METRICS,
 ) -> Results:
-  """Metrics of what `function` makes of images.
+  """Metrics of the reconstructions that `function` makes of images.
 
-  With a mesh it is a collective: every process gives as many batches of its own, and gets the
-  metrics of the images of all. Reconstructions stay where they are measured.
+  With a mesh this is a collective: every process gives the same number of batches, of its own
+  images, and every process gets the metrics of all images. Reconstructions stay on their process.
 
   Args:
     function, batches, mesh: see `outputs`.
-    metrics: what to measure.
+    metrics: the classes to measure.
 
   Raises:
     UserError: there is no batch.
@@ -49,27 +48,28 @@ def evaluate(
 
 
 def outputs(
-  function: Callable[[jax.Array], T],
+  function: Callable[[Any], T],
   batches: Iterable[Images],
   mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[tuple[Images, T]]:
-  """Each batch of this process and what `function` makes of it, NumPy arrays of its valid rows.
+  """Yields (batch, `function` of its images) for each batch of this process, valid rows alone.
 
-  A batch is started before the results of the one before it are fetched, all at once, so that the
-  devices work while the caller measures.
+  Both are NumPy arrays. Results are fetched once a batch, after the next batch was started: the
+  devices compute while the caller measures.
 
   Args:
-    function: compiled, of images uint8 [B, H, W, 3] on devices; every array that it returns is
-      [B, ...] and, with a mesh, split over the batch as the images are.
+    function: a compiled function of images uint8 [B, H, W, 3], with a mesh a global array, else
+      the NumPy array of the batch. It returns a tree of arrays [B, ...]; with a mesh they are
+      split over the batch as the images are (`out_shardings=sharding.batch_sharding(mesh)`).
     batches: {"image": uint8 [b, H, W, 3], "valid": bool [b], other names: [b, ...]}, such as
       `pipeline.eval_batches` or `in_batches` yield.
-    mesh: over whose devices a global batch is split; None for the default device.
+    mesh: its batch axes split a global batch; None computes on the default device.
   """
   placement = None if mesh is None else sharding.batch_sharding(mesh)
 
   def start(batch: Images) -> T:
     if placement is None:
-      return function(jnp.asarray(batch["image"]))
+      return function(batch["image"])
     result = function(sharding.to_global(batch["image"], placement))
     return multihost_utils.global_array_to_host_local_array(result, mesh, placement.spec)
 
@@ -87,7 +87,7 @@ def outputs(
 
 
 def in_batches(images: UInt8[np.ndarray, "n h w 3"], size: int) -> list[dict[str, np.ndarray]]:
-  """Batches of one shape, for `outputs`; the last repeats its last image, which is not valid."""
+  """Batches of one shape for `outputs`. The last repeats its last image; repeats are not valid."""
   size = min(size, len(images))
   out = []
   for start in range(0, len(images), size):
@@ -98,10 +98,10 @@ def in_batches(images: UInt8[np.ndarray, "n h w 3"], size: int) -> list[dict[str
 
 
 def of_all_processes(local: Results) -> Results:
-  """Merges the metrics of every process, in their order; a collective with one result for all.
+  """Merges the metrics of all processes, in their order; a collective with one result for all.
 
-  Arrays travel as the bytes of an `.npz` file: their lengths may differ between processes, and
-  float64 and int64 arrive as they are.
+  Arrays are gathered as the bytes of an `.npz` file. Their lengths may differ between processes,
+  and float64 and int64 keep their bits, which a gather of JAX arrays would cut to 32.
   """
   if jax.process_count() == 1:
     return local
@@ -113,8 +113,8 @@ def of_all_processes(local: Results) -> Results:
   files = multihost_utils.process_allgather(np.pad(ours, (0, sizes.max() - len(ours))))
 
   def read(file: np.ndarray) -> Results:
-    found = np.load(io.BytesIO(file.tobytes()))
-    return jax.tree.unflatten(structure, [found[name] for name in found.files])
+    with np.load(io.BytesIO(file.tobytes())) as found:
+      return jax.tree.unflatten(structure, [found[name] for name in found.files])
 
   parts = (read(file[:size]) for file, size in zip(files, sizes, strict=True))
   return functools.reduce(Results.merge, parts)

@@ -1,17 +1,16 @@
-"""Pictures of a tokenizer: labelled image grids and plots. Pixels of images are never smoothed."""
+"""Labelled image grids and plots of runs. Pixels of images are never smoothed."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-
-from coda_jax.evaluation.codebook import CodebookUsage
 
 INK, MUTED, LINE = "#1f2430", "#667085", "#e4e7ec"
 COLOURS = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#b7791f", "#0e7490")
@@ -39,9 +38,12 @@ _STYLE = {
 }
 _CELL_MIN, _CELL_MAX, _GAP = 160, 512, 8
 _PAGE = 1080  # pixels across a page of the report
+_VECTOR_ENTRY = re.compile(r"(.+)/(?:level_)?(\d+)")
+_NOT_CURVES = ("kind", "step", "steps_per_second", "images_per_second", "tokens_per_code")
+_FIRST_CURVES = ("psnr", "ssim", "lpips", "loss", "nll", "l1", "mse")
 
 
-def _styled(plot):
+def styled(plot):
   """Draws with our style and leaves the user's matplotlib settings alone."""
 
   @functools.wraps(plot)
@@ -145,11 +147,11 @@ def image_grid(
   return page
 
 
-def _colour(i: int) -> str:
+def colour(i: int) -> str:
   return COLOURS[i % len(COLOURS)]
 
 
-def _legend(figure: Figure, **kwargs):
+def legend(figure: Figure, **kwargs):
   """One legend below the panels with every line that has a name."""
   named = {}
   for axis in figure.axes:
@@ -159,7 +161,7 @@ def _legend(figure: Figure, **kwargs):
   )
 
 
-def _panels(count: int, columns: int, width: float, height: float):
+def panels(count: int, columns: int, width: float, height: float):
   columns = min(columns, count)
   figure = Figure(figsize=(width * columns, height * -(-count // columns)), layout="constrained")
   axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
@@ -168,213 +170,48 @@ def _panels(count: int, columns: int, width: float, height: float):
   return figure, axes[:count]
 
 
-@_styled
-def levels_plot(
-  series: Mapping[str, Mapping[str, Sequence[float | int] | np.ndarray]],
-  references: Mapping[str, float],
-  labels: Mapping[str, str],
-) -> Figure:
-  """One panel per quantity over the number of levels, one line per run (paper, Figure 4).
+def training_curves(
+  histories: Mapping[str, Sequence[Mapping]],
+) -> dict[str, dict[str | int, tuple[list, list]]]:
+  """Quantity -> line -> (steps, values) of runs' histories, by name, evaluations first.
 
-  Args:
-    series: quantity -> run -> value after 1 to L levels.
-    references: quantity -> value of the continuous VAE, a dashed line.
-    labels: quantity -> title.
+  A line is a run, or, for quantities that are vectors (`name/0`, `name/level_1`, ...), an index;
+  of those the first run with a history is taken.
   """
-  figure, axes = _panels(len(series), 3, 3.6, 2.9)
-  runs = list(dict.fromkeys(run for lines in series.values() for run in lines))
-  for axis, (quantity, lines) in zip(axes, series.items(), strict=True):
-    for run, values in lines.items():
-      x = np.arange(1, len(values) + 1)
-      axis.plot(x, values, "o-", ms=3.5, color=_colour(runs.index(run)), label=run)
-    if quantity in references:
-      axis.axhline(references[quantity], color=MUTED, ls="--", lw=1.2, label="continuous VAE")
-    axis.set(title=labels[quantity], xlabel="levels used")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylim(bottom=0 if quantity != "psnr" else None)
-  _legend(figure)
-  return figure
+  found: dict[tuple[str, str, bool], dict] = {}
+  vectors_of = next((name for name, history in histories.items() if history), None)
+  for run, history in histories.items():
+    for record in history:
+      kind = record.get("kind", "")
+      for key, value in record.items():
+        vector = _VECTOR_ENTRY.fullmatch(key)
+        if key in _NOT_CURVES or not isinstance(value, int | float):
+          continue
+        if vector and run != vectors_of:
+          continue
+        name, line = (vector[1], int(vector[2])) if vector else (key, run)
+        lines = found.setdefault((kind, name, bool(vector)), {})
+        steps, values = lines.setdefault(line, ([], []))
+        steps.append(record["step"])
+        values.append(value)
+
+  def order(curve):
+    kind, name, vector = curve
+    rank = _FIRST_CURVES.index(name) if name in _FIRST_CURVES else len(_FIRST_CURVES)
+    return kind != "eval", vector, rank, name
+
+  titles = {
+    curve: f"{curve[0]}: {curve[1].replace('_', ' ')}{' by level' if curve[2] else ''}"
+    for curve in sorted(found, key=order)
+  }
+  return {
+    title: found[curve]
+    for curve, title in titles.items()
+    if max(len(steps) for steps, _ in found[curve].values()) > 1
+  }
 
 
-def _count_bins(largest: int) -> tuple[np.ndarray, list[str]]:
-  """Edges and names of the bins 0, 1, 2-3, 4-7, ... up to `largest`."""
-  powers = 2 ** np.arange(int(np.log2(max(largest, 1))) + 2)
-  names = [
-    "0",
-    *(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(powers, powers[1:], strict=False)),
-  ]
-  return np.concatenate([[0], powers]), names
-
-
-def uniform_utilization(tokens: np.ndarray | float | int, codebook_size: int) -> np.ndarray | float:
-  """Fraction of the codes that so many tokens reach if all codes are equally likely."""
-  return 1 - (1 - 1 / codebook_size) ** np.asarray(tokens, np.float64)
-
-
-@_styled
-def usage_plot(usages: Mapping[str, CodebookUsage]) -> Figure:
-  """How each run uses its codes: sorted curve, histogram, utilization of every level."""
-  figure = Figure(figsize=(10.8, 6.2), layout="constrained")
-  (curve, histogram), (levels, _) = grid = figure.subplots(2, 2)
-  spec = levels.get_gridspec()
-  for axis in grid[1]:
-    axis.remove()
-  levels = figure.add_subplot(spec[1, :])
-  for i, (name, usage) in enumerate(usages.items()):
-    counts = np.sort(usage.overall)[::-1]
-    x = np.arange(1, len(counts) + 1) / len(counts) * 100
-    share = counts / max(counts.mean(), 1e-12)
-    curve.plot(x, np.where(counts, share, np.nan), color=_colour(i), lw=1.8, label=name)
-  curve.axhline(1, color=MUTED, ls="--", lw=1)
-  curve.text(100, 1.06, "all codes alike", color=MUTED, ha="right", va="bottom", fontsize=8)
-  curve.set(
-    title="Codes sorted by use",
-    xlabel="codes, most used first (% of the codebook)",
-    ylabel="use / mean use",
-    yscale="log",
-    xlim=(0, 100),
-  )
-  edges, names = _count_bins(int(max(u.overall.max() for u in usages.values())))
-  width = 0.8 / len(usages)
-  for i, (name, usage) in enumerate(usages.items()):
-    found = np.histogram(usage.overall, [*edges, np.inf])[0][: len(names)]
-    x = np.arange(len(names)) + (i - (len(usages) - 1) / 2) * width
-    histogram.bar(x, found / len(usage.overall) * 100, width, color=_colour(i), label=name)
-  histogram.set(
-    title="How often a code was used",
-    xlabel="times used",
-    ylabel="% of the codes",
-    xticks=range(len(names)),
-  )
-  histogram.set_xticklabels(names, fontsize=8, rotation=45 if len(names) > 9 else 0)
-  histogram.grid(axis="x", visible=False)
-  deepest = max(len(u.counts) for u in usages.values())
-  for i, (name, usage) in enumerate(usages.items()):
-    x = np.arange(len(usage.counts)) + (i - (len(usages) - 1) / 2) * width
-    levels.bar(x, usage.level_utilization * 100, width, color=_colour(i), label=name)
-    reach = uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
-    levels.scatter(
-      x,
-      reach * 100,
-      marker="_",
-      s=1600 * width / deepest**0.5,
-      color=INK,
-      lw=1.6,
-      zorder=3,
-      label="if all codes were equally likely" if i == len(usages) - 1 else None,
-    )
-  longest = max(usages.values(), key=lambda u: len(u.counts))
-  ticks = [f"level {i + 1}\n{_short(t)}" for i, t in enumerate(longest.level_tokens_per_code)]
-  levels.set(
-    title="Codes used at each level (below: tokens per code that this was measured on)",
-    ylabel="% of the codes",
-    ylim=(0, 104),
-    xticks=range(deepest),
-    xticklabels=ticks,
-  )
-  levels.grid(axis="x", visible=False)
-  _legend(figure)
-  return figure
-
-
-def _short(x: float) -> str:
-  return f"{x:.2g}" if x < 10 else f"{x:,.0f}"
-
-
-def principal_axes(
-  x: Float[np.ndarray, "n c"],
-) -> tuple[Float[np.ndarray, "c"], Float[np.ndarray, "c 2"], float]:
-  """Mean, two principal axes and the fraction of the variance in their plane."""
-  mean = x.mean(axis=0, dtype=np.float64)
-  values, vectors = np.linalg.eigh(np.cov(x.astype(np.float64) - mean, rowvar=False))
-  axes = vectors[:, ::-1][:, :2]
-  axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # one sign on every machine
-  return mean.astype(np.float32), axes.astype(np.float32), float(values[-2:].sum() / values.sum())
-
-
-def _frame(axis, *points: np.ndarray) -> None:
-  """Limits that leave out the farthest 1% of the points."""
-  low, high = np.percentile(np.concatenate(points), [0.5, 99.5], axis=0)
-  margin = 0.12 * np.maximum(high - low, 1e-6)
-  axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
-  axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
-
-
-def _bare(axis, title: str) -> None:
-  axis.set(title=title, xticks=[], yticks=[])
-  axis.grid(False)
-  for side in axis.spines.values():
-    side.set(visible=True, color=LINE)
-
-
-@_styled
-def latents_plot(
-  latents: Float[np.ndarray, "n c"], quantized: Mapping[str, Float[np.ndarray, "n c"]]
-) -> Figure:
-  """Continuous latents and what the quantizer makes of them, in one plane (paper, Figure 3)."""
-  mean, axes, _ = principal_axes(latents)
-  figure, panels = _panels(1 + len(quantized), 4, 2.9, 3.0)
-  flat = (latents - mean) @ axes
-  for axis, (title, x) in zip(
-    panels, {"continuous latents": latents, **quantized}.items(), strict=True
-  ):
-    points = (x - mean) @ axes
-    colour = MUTED if x is latents else COLOURS[0]
-    axis.scatter(*points.T, s=3, alpha=0.35, lw=0, color=colour, rasterized=True)
-    _bare(axis, title)
-    _frame(axis, flat)
-  return figure
-
-
-@_styled
-def codes_plot(
-  inputs: Sequence[Float[np.ndarray, "_ c"]],
-  values: Float[np.ndarray, "v c"],
-  counts: Int[np.ndarray, "levels v"],
-  shown: Sequence[int],
-) -> Figure:
-  """Codes over what they are looked up for: all levels together, then some (paper, Figure 6).
-
-  Args:
-    inputs: latents at the input of each level.
-    values: what each code stands for.
-    counts: how often each level used it.
-    shown: levels with a panel of their own, from 0.
-  """
-  least = min(len(x) for x in inputs)
-  per_level = max(least, 2000 // len(inputs))  # coarse levels have few inputs: let them be seen
-  every = np.concatenate([x[:: max(1, len(x) // per_level)][:per_level] for x in inputs])
-  mean, axes, _ = principal_axes(every)
-  codes = (values - mean) @ axes
-  figure, panels = _panels(1 + len(shown), 4, 2.9, 3.0)
-  sets = [("inputs of all levels", every, counts.sum(axis=0))]
-  sets += [(f"level {i + 1} of {len(inputs)}", inputs[i], counts[i]) for i in shown]
-  for axis, (title, x, used) in zip(panels, sets, strict=True):
-    x = x[:: max(1, len(x) // 4000)]
-    unused = used == 0
-    axis.scatter(
-      *((x - mean) @ axes).T, s=4, alpha=0.3, lw=0, color=MUTED, rasterized=True, label="latents"
-    )
-    axis.scatter(
-      *codes[unused].T,
-      s=9,
-      lw=0.6,
-      marker="x",
-      color="#f0a48a",
-      rasterized=True,
-      label="unused codes",
-    )
-    axis.scatter(
-      *codes[~unused].T, s=9, alpha=0.8, lw=0, color=COLOURS[0], rasterized=True, label="used codes"
-    )
-    _bare(axis, title)
-    _frame(axis, (every - mean) @ axes, codes)
-  for handle in _legend(figure, markerscale=2.2).legend_handles:
-    handle.set_alpha(1)
-  return figure
-
-
-@_styled
+@styled
 def curves_plot(
   curves: Mapping[str, Mapping[str | int, tuple[Sequence[float | int], Sequence[float | int]]]],
 ) -> Figure:
@@ -382,7 +219,7 @@ def curves_plot(
 
   A line is a run, or the index of an entry of a vector, such as a level.
   """
-  figure, axes = _panels(len(curves), 4, 2.75, 2.2)
+  figure, axes = panels(len(curves), 4, 2.75, 2.2)
   runs = [x for x in dict.fromkeys(x for lines in curves.values() for x in lines) if type(x) is str]
   for axis, (quantity, lines) in zip(axes, curves.items(), strict=True):
     for i, (line, (steps, values)) in enumerate(lines.items()):
@@ -390,7 +227,7 @@ def curves_plot(
       if isinstance(line, int):
         style = {"color": matplotlib.colormaps["viridis"](0.9 * i / max(1, len(lines) - 1))}
       else:
-        style = {"color": _colour(runs.index(line)), "label": line}
+        style = {"color": colour(runs.index(line)), "label": line}
       axis.plot(steps, values, marker, ms=3, lw=1.4, **style)
     axis.set_title(quantity, fontsize=9)
     axis.tick_params(labelsize=8)
@@ -401,11 +238,11 @@ def curves_plot(
       axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   for axis in axes[-min(4, len(axes)) :]:
     axis.set_xlabel("step")
-  _legend(figure)
+  legend(figure)
   return figure
 
 
-@_styled
+@styled
 def sweep_plot(
   steps: Sequence[int],
   seconds: Sequence[float],
@@ -421,13 +258,13 @@ def sweep_plot(
   """
   figure = Figure(figsize=(6.4, 4.2), layout="constrained")
   axis = figure.subplots()
-  axis.plot(seconds, quality, "o-", ms=5, color=_colour(0), label="samples")
+  axis.plot(seconds, quality, "o-", ms=5, color=colour(0), label="samples")
   for n, x, y in zip(steps, seconds, quality, strict=True):
     axis.annotate(
       f"{n} step{'s' if n > 1 else ''}", (x, y), (6, 6), textcoords="offset points", fontsize=8
     )
   for i, (name, value) in enumerate(references.items(), 1):
-    axis.axhline(value, color=_colour(i), ls="--", lw=1.2, label=name)
+    axis.axhline(value, color=colour(i), ls="--", lw=1.2, label=name)
   axis.set(title=f"{label} against time", xlabel="seconds an image", ylabel=label, xscale="log")
   axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
   axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())

@@ -1,4 +1,4 @@
-"""What is measured of a tokenizer's reconstructions: `METRICS` lists it, `Results` holds it.
+"""Metrics of a tokenizer's reconstructions: `METRICS` lists them, `Results` holds their values.
 
 A further metric is a class with the methods of `Metric` and an entry in `METRICS`.
 """
@@ -19,17 +19,17 @@ from coda_jax.evaluation.reconstruction import Batch
 
 @runtime_checkable
 class Metric(Protocol):
-  """What is known of some images; a `flax.struct.dataclass` of NumPy arrays."""
+  """A measurement of some images; a `flax.struct.dataclass` of NumPy arrays."""
 
   @classmethod
   def of(cls, batch: Batch) -> "Metric":
-    """Of one batch, of N >= 0 images."""
+    """The metric of one batch of N >= 0 images."""
 
   def merge(self, other: Any) -> "Metric":
-    """Of the images of both; `other` is of the same class."""
+    """The metric of the images of both; `other` is of the same class."""
 
   def summary(self) -> dict[str, float]:
-    """Scalars by name; those of a level have names such as `name/level_1`."""
+    """Scalars by name; a scalar of one level is `NAME/level_1` and so on."""
 
 
 M = TypeVar("M", bound=Metric)
@@ -37,7 +37,7 @@ M = TypeVar("M", bound=Metric)
 
 @struct.dataclass
 class QuantizationError:
-  """What quantization changes in the latents of N images.
+  """Error of the quantized latents of N images.
 
   Attributes:
     levels: [N, L] mean squared error after each level.
@@ -68,7 +68,7 @@ class QuantizationError:
     return self.levels.mean(axis=0, dtype=np.float64) / self.latent_variance
 
   def summary(self) -> dict[str, float]:
-    """The error after all levels, and after each."""
+    """The error after all levels, and after each level."""
     errors = self.levels.mean(axis=0)
     by_level = {f"quantization_error/level_{i}": float(x) for i, x in enumerate(errors, 1)}
     return {"quantization_error": float(errors[-1])} | by_level
@@ -98,12 +98,12 @@ class Results:
     raise KeyError(kind.__name__)
 
   def summary(self) -> dict[str, float]:
-    """Scalars of all metrics by name, those of single levels last: what a trainer logs."""
+    """Scalars of all metrics by name, those of single levels last. Trainers log them."""
     values = {name: x for metric in self.metrics for name, x in metric.summary().items()}
     return {name: values[name] for name in sorted(values, key=lambda name: "/" in name)}
 
 
-# The numbers that matter, as a line shows them: name -> label and format.
+# The scalars of a terminal's line: name -> label and format.
 _SHOWN = {
   "loss": ("loss", ".4g"),
   "accuracy": ("accuracy", ".1%"),
@@ -116,7 +116,7 @@ _SHOWN = {
 
 
 def short_line(values: Mapping[str, float | int]) -> str:
-  """The five numbers, at most, that matter of an evaluation, for a terminal; "" if none is there.
+  """At most five scalars of an evaluation in one line for a terminal; "" if none is known.
 
   `PSNR 23.92  SSIM 0.740  LPIPS 0.260  quantization error 0.17  codes used 99.0%` for a tokenizer,
   `loss 5.213  accuracy 4.1%` for a generator.

@@ -27,13 +27,13 @@ class Encoded:
   Attributes:
     ids: int32 [B, ph, pw] per level, coarse to fine.
     latents: [B, h, w, C] continuous, scaled.
-    quantized: [B, L, h, w, C] what the first 1 to L levels make of them.
-    codebook_size: V, of which the ids are.
+    quantized: [B, L, h, w, C] the latents quantized by the first 1 to L levels.
+    codebook_size: V; ids are below it.
   """
 
-  ids: list[jax.Array]
-  latents: jax.Array
-  quantized: jax.Array
+  ids: list[jax.Array | np.ndarray]
+  latents: jax.Array | np.ndarray
+  quantized: jax.Array | np.ndarray
   codebook_size: int = struct.field(pytree_node=False)
 
   @property
@@ -42,7 +42,7 @@ class Encoded:
     return jnp.square(self.latents[:, None] - self.quantized).mean((2, 3, 4))
 
   def level_inputs(self) -> list[Float[Array, "n c"]]:
-    """What each level looks up: the area-pooled residual of the levels before it, flattened."""
+    """The vectors that each level looks up: the pooled residual of the levels before it."""
     levels = range(len(self.ids))
     left = [self.latents, *(self.latents - self.quantized[:, i] for i in levels[:-1])]
     pooled = (area_resize(left[i], self.ids[i].shape[1:]) for i in levels)
@@ -82,7 +82,7 @@ through_vae = jit_module(continuous_reconstruction)
 
 @struct.dataclass
 class BatchResult:
-  """Reconstructions of a batch, and what else metrics read. Without tokens only `images` is there.
+  """Reconstructions of a batch and the values that metrics need; a VAE without tokens has no ids.
 
   Attributes:
     images: [B, H, W, 3] reconstructions, not clipped.
@@ -90,7 +90,7 @@ class BatchResult:
     ids: int32 [B, ph, pw] per level.
     level_errors: [B, L] quantization error after each level.
     latent_mean: [B, C], latent_power: [B], mean and mean square of the continuous latents.
-    codebook_size: V, of which the ids are.
+    codebook_size: V; ids are below it.
   """
 
   images: jax.Array | np.ndarray
@@ -119,7 +119,7 @@ class BatchResult:
 
 @struct.dataclass
 class Batch:
-  """Originals uint8 [N, H, W, 3] and their `BatchResult`, in host memory: what a metric is of."""
+  """Originals uint8 [N, H, W, 3] and their `BatchResult` in host memory, the input of a metric."""
 
   images: UInt8[np.ndarray, "n h w 3"]
   result: BatchResult
@@ -143,12 +143,12 @@ _distance = jit_module(lambda lpips, a, b: lpips.distance(a, b))
 
 
 def lpips_from(
-  lpips: LPIPS | None, originals: Float[Array, "b h w 3"]
+  lpips: LPIPS | None, originals: Float[Array | np.ndarray, "b h w 3"]
 ) -> Callable[[Float[Array, "b h w 3"]], Float[Array, "b"] | None]:
-  """LPIPS of reconstructions of the same originals, whose features are computed once.
+  """A function from reconstructions [B, H, W, 3] to their LPIPS [B] from `originals` in [-1, 1].
 
-  The function that it returns takes images in about [-1, 1], which it clips, and returns distances
-  [B], or None if there is no network.
+  The features of the originals are computed once. Reconstructions are clipped to [-1, 1]. Without
+  a network the function returns None.
   """
   if lpips is None:
     return lambda images: None

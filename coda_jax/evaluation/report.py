@@ -1,113 +1,25 @@
 """The HTML report on one or more tokenizers: one file that needs neither network nor server."""
 
 import base64
-import dataclasses
 import html
 import io
-import math
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coda_jax.evaluation import figures
-from coda_jax.evaluation.codebook import CodebookUsage
-from coda_jax.evaluation.reconstruction import Quality, ReconstructionMetrics
-from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.evaluation import figures, tokenizer_plots
+from coda_jax.evaluation.runs import Reference, Run
 
-_VECTOR_ENTRY = re.compile(r"(.+)/(?:level_)?(\d+)")
-_NOT_CURVES = ("kind", "step", "steps_per_second", "images_per_second", "tokens_per_code")
-_FIRST_CURVES = ("psnr", "ssim", "lpips", "loss", "nll", "l1", "mse")
+_TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 _LABELS = {
   "psnr": "PSNR (dB), higher is better",
   "ssim": "SSIM, higher is better",
   "lpips": "LPIPS, lower is better",
   "error": "quantization error (% of variance)",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Latents:
-  """Vectors for the pictures of latent space, of a few images.
-
-  Attributes:
-    continuous: [N, C] latents.
-    quantized: [L, N, C] what 1 to L levels make of them.
-    level_inputs: [n, C] per level, what it looks up.
-    values: [V, C] what each code stands for.
-    counts: [levels, V] how often the same images use each code.
-  """
-
-  continuous: np.ndarray
-  quantized: np.ndarray
-  level_inputs: Sequence[np.ndarray]
-  values: np.ndarray
-  counts: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What was measured of one tokenizer.
-
-  Attributes:
-    name: as the report calls it.
-    config: the tokenizer's.
-    metrics: on every image.
-    usage: codes counted for utilization, and `usage_source`, in words, on what.
-    level_quality: likeness with 1 to L levels, on a sample of the images.
-    pictures: uint8 [n, L, H, W, 3] the first n images of the sample with 1 to L levels.
-    latents: for the pictures of latent space.
-    history: records of `metrics.jsonl`, or none.
-  """
-
-  name: str
-  config: TokenizerConfig
-  metrics: ReconstructionMetrics
-  usage: CodebookUsage
-  usage_source: str
-  level_quality: Sequence[Quality]
-  pictures: np.ndarray
-  latents: Latents
-  history: Sequence[Mapping] = ()
-
-  @property
-  def relative_errors(self) -> np.ndarray:
-    """Quantization error after each level as a fraction of the latents' variance [L]."""
-    return self.metrics.level_errors.mean(axis=0, dtype=np.float64) / self.metrics.latent_variance
-
-  @property
-  def tokens(self) -> int:
-    """Tokens of an image of the training size."""
-    return self.config.quantizer.tokens
-
-  @property
-  def bits_per_pixel(self) -> float:
-    bits = self.tokens * math.log2(self.config.quantizer.codebook_size)
-    return bits / self.config.image_size**2
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-  """What all runs are compared with.
-
-  Attributes:
-    data: where the images come from and how they were cut, in words.
-    quality: likeness of the continuous VAE's reconstructions, on every image.
-    sample_quality: the same on the sample for which single levels are looked at.
-    originals, continuous: uint8 [n, H, W, 3] the first n images of the sample, to be shown, and
-      the VAE's reconstructions of them.
-    lpips_note: why there is no LPIPS, or "".
-  """
-
-  data: str
-  quality: Quality
-  sample_quality: Quality
-  originals: np.ndarray
-  continuous: np.ndarray
-  lpips_note: str = ""
 
 
 def write_report(
@@ -141,15 +53,16 @@ def write_report(
     _usage(runs, picture),
     _latent_space(runs, picture),
     _training(runs, picture),
-    _method(runs, reference),
   ]
   body = "\n".join(filter(None, sections))
-  path.write_text(
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
-    f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main></body></html>\n"
+  template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
+  text = template.substitute(
+    title=html.escape(title),
+    body=body,
+    images=html.escape(reference.data),
+    settings="\n".join(map(_settings, runs)),
   )
+  path.write_text(text, encoding="utf-8")
   return [path, *written]
 
 
@@ -164,13 +77,13 @@ def _png(image: Figure | Image.Image) -> bytes:
 
 def _overview(runs, reference) -> str:
   run = runs[0]
-  ours, vae = run.metrics.quality.means(), reference.quality.means()
+  ours, vae = run.quality.summary(), reference.quality.summary()
   gap = vae["psnr"] - ours["psnr"]
   below = f"{gap:.2f} dB below" if gap >= 0 else f"{-gap:.2f} dB above"
   lead = (
     f"{_bold(run)} turns an image of {run.config.image_size} × "
     f"{run.config.image_size} pixels into {run.tokens} tokens from a codebook of "
-    f"{run.config.quantizer.codebook_size:,}. On {run.metrics.count} images it reaches "
+    f"{run.config.quantizer.codebook_size:,}. On {run.images} images it reaches "
     f"{ours['psnr']:.2f} dB PSNR, {below} the continuous VAE it was made from."
   )
   cards = [
@@ -204,7 +117,7 @@ def _comparison(runs, reference) -> str:
   head += ["Quantization error ↓", "Codes used ↑", "Codebook", "Tokens per image"]
 
   def row(name, quality):
-    means = quality.means()
+    means = quality.summary()
     cells = [name, f"{means['psnr']:.2f}", f"{means['ssim']:.4f}"]
     return [*cells, f"{means['lpips']:.4f}"] if has_lpips else cells
 
@@ -212,15 +125,15 @@ def _comparison(runs, reference) -> str:
   for run in runs:
     rows.append(
       [
-        *row(run.name, run.metrics.quality),
-        _percent(run.relative_errors[-1]),
+        *row(run.name, run.quality),
+        _percent(run.error.relative[-1]),
         _percent(run.usage.utilization),
         f"{run.config.quantizer.codebook_size:,}",
         f"{run.tokens:,}",
       ]
     )
   notes = [
-    f"Means over the same {runs[0].metrics.count} images. Quantization error: mean squared error "
+    f"Means over the same {runs[0].images} images. Quantization error: mean squared error "
     "of the latents after the last level, as a share of their variance."
   ]
   notes += [_difference(runs[0], other) for other in runs[1:]]
@@ -231,10 +144,10 @@ def _comparison(runs, reference) -> str:
 
 def _difference(run: Run, other: Run) -> str:
   """How far apart two runs are, image by image, with the standard error of the mean."""
-  a, b = run.metrics.quality, other.metrics.quality
+  a, b = run.quality, other.quality
   gain = a.psnr - b.psnr
   word = "higher" if gain.mean() >= 0 else "lower"
-  error = f" (± {_standard_error(gain):.2f})" if len(gain) > 1 else ""
+  error = f" (± {gain.std(ddof=1) / len(gain) ** 0.5:.2f})" if len(gain) > 1 else ""
   text = f"Against {_bold(other)}, image by image: PSNR is {abs(gain.mean()):.2f} dB{error} {word}"
   if a.lpips is not None:
     change = a.lpips.mean() / b.lpips.mean() - 1
@@ -242,10 +155,6 @@ def _difference(run: Run, other: Run) -> str:
   if error:
     text += "; in brackets the standard error over images"
   return text + "."
-
-
-def _standard_error(x: np.ndarray) -> float:
-  return float(x.std(ddof=1) / len(x) ** 0.5)
 
 
 def _reconstructions(runs, reference, picture) -> str:
@@ -262,7 +171,7 @@ def _reconstructions(runs, reference, picture) -> str:
   grid = figures.image_grid(rows, columns, captions, blocks=blocks)
   image = picture("grid.png", grid, "originals and reconstructions")
   text = (
-    f"{_some(count, runs[0].metrics.count)}. Below each reconstruction its "
+    f"{_some(count, runs[0].images)}. Below each reconstruction its "
     "PSNR. The continuous VAE encodes and decodes without quantization and without adapters; "
     "it is what a tokenizer made from it can hope to reach. Pixels are enlarged, not smoothed."
   )
@@ -285,31 +194,32 @@ def _levels(runs, reference, picture) -> str:
     "colour, fine ones detail."
   )
   out = f"<h2>Level by level</h2>{_figure(picture('levels.png', grid, 'levels'), text)}"
-  series = {"error": {r.name: r.relative_errors * 100 for r in runs}}
+  series = {"error": {r.name: r.error.relative * 100 for r in runs}}
   for name in ("psnr", "lpips"):
     if getattr(run.level_quality[0], name) is not None:
-      series[name] = {r.name: [q.means()[name] for q in r.level_quality] for r in runs}
-  vae = reference.sample_quality.means()
-  plot = figures.levels_plot(series, {k: v for k, v in vae.items() if k in series}, _LABELS)
+      series[name] = {r.name: [q.summary()[name] for q in r.level_quality] for r in runs}
+  vae = reference.sample_quality.summary()
+  dashed = {k: v for k, v in vae.items() if k in series}
+  plot = tokenizer_plots.levels_plot(series, dashed, _LABELS)
   few = len(run.level_quality[0].psnr)
   text = (
     "Every level quantizes what the levels before it left over: the error of "
-    f"{_bold(run)} goes from {_percent(run.relative_errors[0])} of the latents' "
-    f"variance after one level to {_percent(run.relative_errors[-1])} after all. Error on "
-    f"{run.metrics.count} images, PSNR{' and LPIPS' if 'lpips' in series else ''} on {few} of them."
+    f"{_bold(run)} goes from {_percent(run.error.relative[0])} of the latents' "
+    f"variance after one level to {_percent(run.error.relative[-1])} after all. Error on "
+    f"{run.images} images, PSNR{' and LPIPS' if 'lpips' in series else ''} on {few} of them."
   )
   out += _figure(picture("level_curves.png", plot, "quality by number of levels"), text)
   return out + "".join(_level_table(r, len(runs) > 1) for r in runs)
 
 
 def _level_table(run: Run, named: bool) -> str:
-  usage, quality = run.usage, [q.means() for q in run.level_quality]
+  usage, quality = run.usage, [q.summary() for q in run.level_quality]
   has_lpips = "lpips" in quality[0]
   head = ["Level", "Tokens", "Tokens so far", "Quantization error", "Share of variance"]
   head += ["PSNR (dB)", *(["LPIPS"] if has_lpips else [])]
   head += ["Codes used", "If all equally likely", "Perplexity", "Tokens per code"]
   tokens = [p * p for p in run.config.quantizer.patch_sizes]
-  reach = figures.uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
+  reach = tokenizer_plots.uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
   rows = []
   for i, found in enumerate(quality):
     rows.append(
@@ -317,8 +227,8 @@ def _level_table(run: Run, named: bool) -> str:
         str(i + 1),
         f"{tokens[i]:,}",
         f"{sum(tokens[: i + 1]):,}",
-        f"{run.metrics.level_errors[:, i].mean():.4f}",
-        _percent(run.relative_errors[i]),
+        f"{run.error.levels[:, i].mean():.4f}",
+        _percent(run.error.relative[i]),
         f"{found['psnr']:.2f}",
         *([f"{found['lpips']:.4f}"] if has_lpips else []),
         _percent(usage.level_utilization[i]),
@@ -332,7 +242,7 @@ def _level_table(run: Run, named: bool) -> str:
 
 
 def _usage(runs, picture) -> str:
-  plot = figures.usage_plot({run.name: run.usage for run in runs})
+  plot = tokenizer_plots.usage_plot({run.name: run.usage for run in runs})
   parts = [
     f"<li>{_bold(run)}: {_percent(run.usage.utilization)} of {run.usage.counts.shape[1]:,} "
     f"codes, perplexity {_number(run.usage.perplexity)}, measured on "
@@ -360,8 +270,8 @@ def _latent_space(runs, picture) -> str:
     keep = slice(None, None, max(1, len(x.continuous) // 4000))
     stops = sorted({0, levels // 2 - 1, levels - 1} - {-1})
     quantized = {f"after {k + 1} level{'s' if k else ''}": x.quantized[k][keep] for k in stops}
-    inside = figures.principal_axes(x.continuous)[2]
-    plot = figures.latents_plot(x.continuous[keep], quantized)
+    inside = tokenizer_plots.principal_axes(x.continuous)[2]
+    plot = tokenizer_plots.latents_plot(x.continuous[keep], quantized)
     text = (
       f"{len(x.continuous[keep]):,} latents of {run.config.vae.z_channels} channels in the plane "
       f"of their two largest principal components ({inside:.0%} of their variance), and what the "
@@ -370,7 +280,7 @@ def _latent_space(runs, picture) -> str:
     out += title + _figure(
       picture(f"pca{suffix}.png", plot, "latents and their quantization"), text
     )
-    plot = figures.codes_plot(x.level_inputs, x.values, x.counts, stops)
+    plot = tokenizer_plots.codes_plot(x.level_inputs, x.values, x.counts, stops)
     text = (
       "The codes (what each adds to the latents) over the vectors they are looked up for, in one "
       "plane for all panels: first the inputs of all levels, then of single ones. Codes should "
@@ -380,49 +290,8 @@ def _latent_space(runs, picture) -> str:
   return out
 
 
-def training_curves(
-  histories: Mapping[str, Sequence[Mapping]],
-) -> dict[str, dict[str | int, tuple[list, list]]]:
-  """Quantity -> line -> (steps, values) of runs' histories, by name, evaluations first.
-
-  A line is a run, or, for quantities that are vectors (`name/0`, `name/level_1`, ...), an index;
-  of those the first run with a history is taken.
-  """
-  found: dict[tuple[str, str, bool], dict] = {}
-  vectors_of = next((name for name, history in histories.items() if history), None)
-  for run, history in histories.items():
-    for record in history:
-      kind = record.get("kind", "")
-      for key, value in record.items():
-        vector = _VECTOR_ENTRY.fullmatch(key)
-        if key in _NOT_CURVES or not isinstance(value, int | float):
-          continue
-        if vector and run != vectors_of:
-          continue
-        name, line = (vector[1], int(vector[2])) if vector else (key, run)
-        lines = found.setdefault((kind, name, bool(vector)), {})
-        steps, values = lines.setdefault(line, ([], []))
-        steps.append(record["step"])
-        values.append(value)
-
-  def order(curve):
-    kind, name, vector = curve
-    rank = _FIRST_CURVES.index(name) if name in _FIRST_CURVES else len(_FIRST_CURVES)
-    return kind != "eval", vector, rank, name
-
-  titles = {
-    curve: f"{curve[0]}: {curve[1].replace('_', ' ')}{' by level' if curve[2] else ''}"
-    for curve in sorted(found, key=order)
-  }
-  return {
-    title: found[curve]
-    for curve, title in titles.items()
-    if max(len(steps) for steps, _ in found[curve].values()) > 1
-  }
-
-
 def _training(runs, picture) -> str:
-  curves = training_curves({run.name: run.history for run in runs})
+  curves = figures.training_curves({run.name: run.history for run in runs})
   if not curves:
     return ""
   plot = figures.curves_plot(curves)
@@ -436,26 +305,16 @@ def _training(runs, picture) -> str:
   return f"<h2>Training</h2>{_figure(picture('curves.png', plot, 'training curves'), text)}"
 
 
-def _method(runs, reference) -> str:
-  settings = []
-  for run in runs:
-    q, lora = run.config.quantizer, run.config.lora
-    adapters = "none"
-    if lora:
-      halves = " and ".join(h for h in ("encoder", "decoder") if getattr(lora, h))
-      adapters = f"rank {lora.rank} on {', '.join(lora.name_parts)} of the {halves or 'neither'}"
-    sizes = " ".join(map(str, q.patch_sizes))
-    settings.append(
-      f"<li>{_bold(run)}: {q.lookup} look-up, levels {sizes}, LoRA: {html.escape(adapters)}.</li>"
-    )
+def _settings(run: Run) -> str:
+  quantizer, lora = run.config.quantizer, run.config.lora
+  adapters = "none"
+  if lora:
+    halves = " and ".join(h for h in ("encoder", "decoder") if getattr(lora, h))
+    adapters = f"rank {lora.rank} on {', '.join(lora.name_parts)} of the {halves or 'neither'}"
+  sizes = " ".join(map(str, quantizer.patch_sizes))
   return (
-    "<h2>How it was measured</h2><ul>"
-    f"<li>Images: {html.escape(reference.data)}.</li>"
-    "<li>Latents are the posterior's mean. PSNR and SSIM (11 × 11 Gaussian window, σ 1.5) are "
-    "taken of each 8-bit image and averaged; LPIPS (VGG16, version 0.1) of float images clipped "
-    "to their range.</li>"
-    "<li>A code counts as used if at least one token chose it; perplexity is the exponential of "
-    "the entropy of the codes' frequencies.</li>" + "".join(settings) + "</ul>"
+    f"<li>{_bold(run)}: {quantizer.lookup} look-up, levels {sizes}, "
+    f"LoRA: {html.escape(adapters)}.</li>"
   )
 
 
@@ -487,37 +346,3 @@ def _percent(x: float) -> str:
 
 def _number(x: float) -> str:
   return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
-
-
-_CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: #1f2430;
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 32px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; }
-h2 { font-size: 22px; margin: 52px 0 14px; letter-spacing: -0.01em; }
-h3 { font-size: 17px; margin: 26px 0 10px; }
-p { max-width: 46em; margin: 10px 0; }
-.lead { font-size: 18px; color: #3b4252; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px;
-  margin: 24px 0; }
-.card, figure, .table { background: #fff; border: 1px solid #e4e7ec; border-radius: 12px; }
-.card { padding: 16px 18px; }
-.what { font-size: 14px; color: #667085; }
-.value { font-size: 27px; font-weight: 650; letter-spacing: -0.01em; }
-.note { font-size: 13px; color: #667085; }
-figure { margin: 0 0 18px; padding: 18px; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-figcaption ul { margin: 6px 0; }
-figcaption { margin-top: 14px; max-width: 56em; font-size: 15px; color: #4b5565; }
-.table { overflow-x: auto; margin: 0 0 14px; padding: 6px 14px; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px;
-  font-variant-numeric: tabular-nums; }
-th { font-weight: 600; font-size: 13px; color: #667085; vertical-align: bottom; line-height: 1.35; }
-th, td { text-align: right; padding: 8px 10px; border-bottom: 1px solid #eef0f3; }
-th:first-child, td:first-child { text-align: left; }
-tbody tr:last-child td { border-bottom: 0; }
-ul { padding-left: 20px; max-width: 50em; }
-@media print { body { background: #fff; } figure, .card, .table { break-inside: avoid; } }
-"""

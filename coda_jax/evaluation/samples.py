@@ -9,6 +9,7 @@ is an entry in `NETWORKS` and one in `MEASURES` for each of its measures.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,8 @@ from coda_jax.arrays import jit_module
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation import frechet
+from coda_jax.evaluation.evaluator import in_batches, outputs
 from coda_jax.evaluation.image_quality import to_uint8
-from coda_jax.evaluation.reconstruction import in_batches
 from coda_jax.generation.generator import Generator
 from coda_jax.models.lpips import LPIPS, pooled_features
 
@@ -94,10 +95,14 @@ class SampleEvaluator:
   def features(self, images: UInt8[np.ndarray, "n h w 3"]) -> Features:
     """Features of images by network."""
     out = {name: [] for name in self._networks}
-    for batch, valid in in_batches(images, self._batch_size):
-      for name, network in self._networks.items():
-        out[name].append(np.asarray(network(pipeline.normalize(batch)))[valid])
+    for _, features in outputs(self._of_batch, in_batches(images, self._batch_size)):
+      for name, x in features.items():
+        out[name].append(x)
     return {name: np.concatenate(parts) for name, parts in out.items()}
+
+  def _of_batch(self, images: np.ndarray) -> dict[str, Any]:
+    images = pipeline.normalize(images)
+    return {name: network(images) for name, network in self._networks.items()}
 
   def measure(self, features: Features) -> dict[str, float | int]:
     """Every measure that there are enough images for, by name, and `images`, their number."""
@@ -141,9 +146,10 @@ def yardsticks(
 ) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
   """Sets of as many images as there are `crops`, from the best to the worst to be expected."""
   rng = np.random.default_rng((seed, 4))
-  batches = in_batches(crops, batch_size)
-  encoded = [np.asarray(generator.encode(pipeline.normalize(x)))[valid] for x, valid in batches]
-  ids = np.concatenate(encoded)
+  encoded = outputs(
+    lambda x: generator.encode(pipeline.normalize(x)), in_batches(crops, batch_size)
+  )
+  ids = np.concatenate([ids for _, ids in encoded])
   n, tokens = ids.shape
   marginal = np.take_along_axis(ids, rng.integers(0, n, (n, tokens)), 0)
   uniform = rng.integers(0, generator.config.codebook_size, (n, tokens)).astype(ids.dtype)

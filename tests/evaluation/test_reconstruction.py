@@ -8,8 +8,13 @@ from coda_jax.evaluation import reconstruction as rec
 from coda_jax.models.lpips import LPIPS
 from tests import tiny
 
-_encode = arrays.jit_module(
-  lambda tokenizer, x: (rec.encode_levels(tokenizer, x), tokenizer.quantizer(tokenizer.latents(x)))
+_measured = arrays.jit_module(
+  lambda tokenizer, x: (
+    rec.encode_levels(tokenizer, x),
+    rec.reconstruct_batch(tokenizer, x),
+    tokenizer.quantizer(tokenizer.latents(x)),
+    tokenizer.reconstruct(x),
+  )
 )
 
 
@@ -22,13 +27,18 @@ def photos(count: int, *size: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
 
 
-def test_encode_levels_agrees_with_the_tokenizer(tokenizer):
+def test_levels_agree_with_the_tokenizer(tokenizer):
   images = normalize(photos(2, 16, 16))
-  encoded, out = _encode(tokenizer)(images)
+  encoded, result, out, images_out = _measured(tokenizer)(images)
   for ours, theirs in zip(encoded.ids, out.ids, strict=True):
     np.testing.assert_array_equal(ours, theirs)
+  assert encoded.codebook_size == result.codebook_size == 64
   np.testing.assert_allclose(encoded.quantized[:, -1], out.latents, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(encoded.level_errors.mean(0), out.level_mse, rtol=1e-4)
+  np.testing.assert_allclose(result.images, images_out, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(result.level_errors, encoded.level_errors, rtol=1e-4)
+  np.testing.assert_allclose(result.latent_mean, encoded.latents.mean((1, 2)), rtol=1e-4, atol=1e-5)
+  assert result.lpips is None
   inputs = encoded.level_inputs()
   assert [x.shape for x in inputs] == [(2 * p * p, 16) for p in (1, 2, 3, 8)]
   np.testing.assert_allclose(inputs[0], encoded.latents.mean((1, 2)), rtol=1e-4, atol=1e-5)
@@ -64,4 +74,3 @@ def test_frozen_vae_leaves_the_adapters_out(tokenizer):
   own, adapted = arrays.of(vae), arrays.of(tokenizer.vae)
   assert set(own) == {k for k in adapted if "lora" not in k}
   assert all(np.array_equal(own[k], adapted[k]) for k in own)
-  assert vae.encoder.down[0].block[0].conv1.rank == 0

@@ -1,12 +1,13 @@
 import re
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from coda_jax.evaluation import figures, report
+from coda_jax.evaluation import report
 from coda_jax.evaluation.codebook import CodebookUsage
-from coda_jax.evaluation.reconstruction import Quality, ReconstructionMetrics
+from coda_jax.evaluation.image_quality import Quality
+from coda_jax.evaluation.metrics import QuantizationError, Results
+from coda_jax.evaluation.runs import Latents, Reference, Run
 from tests import tiny
 
 LEVELS, CODES, IMAGES = 4, 64, 5
@@ -19,22 +20,21 @@ def quality(level: int, count: int, lpips: bool) -> Quality:
   )
 
 
-def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> report.Run:
+def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> Run:
   rng = np.random.default_rng(offset)
   usage = CodebookUsage(rng.integers(0, 3, (LEVELS, CODES)))
-  errors = np.tile([0.8, 0.4, 0.2, 0.1], (IMAGES, 1))
-  metrics = ReconstructionMetrics(
-    quality(3 + offset, IMAGES, lpips), errors, np.zeros((IMAGES, 16)), np.ones(IMAGES), usage
-  )
+  errors = np.tile(np.float32([0.8, 0.4, 0.2, 0.1]), (IMAGES, 1))
+  error = QuantizationError(errors, np.zeros((IMAGES, 16), np.float32), np.ones(IMAGES, np.float32))
+  results = Results((quality(3 + offset, IMAGES, lpips), error, usage))
   vectors = rng.normal(size=(64, 16)).astype(np.float32)
-  latents = report.Latents(
+  latents = Latents(
     vectors, np.stack([vectors] * LEVELS), [vectors[: p * p] for p in (1, 2, 3, 8)],
     rng.normal(size=(CODES, 16)).astype(np.float32), usage.counts,
   )  # fmt: skip
-  return report.Run(
+  return Run(
     name,
     tiny.TOKENIZER,
-    metrics,
+    results,
     usage,
     "the 5 images",
     [quality(k + offset, IMAGES, lpips) for k in range(LEVELS)],
@@ -44,11 +44,11 @@ def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> report
   )
 
 
-def reference(lpips: bool = True) -> report.Reference:
+def reference(lpips: bool = True) -> Reference:
   images = np.zeros((2, 16, 16, 3), np.uint8)
   vae = quality(9, IMAGES, lpips)
   note = "" if lpips else "LPIPS is left out: no weights"
-  return report.Reference("5 of folder:x", vae, vae, images, images, note)
+  return Reference("5 of folder:x", vae, vae, images, images, note)
 
 
 HISTORY = [
@@ -93,51 +93,3 @@ def test_report_without_lpips_and_training(tmp_path):
   text = files[0].read_text()
   assert "LPIPS is left out: no weights" in text
   assert "<h2>Training</h2>" not in text and not (tmp_path / "curves.png").exists()
-
-
-def test_training_curves():
-  curves = report.training_curves({"a": HISTORY, "b": HISTORY[:2]})
-  assert list(curves) == [
-    "eval: psnr",
-    "eval: error by level",
-    "train: loss",
-    "train: usage by level",
-  ]
-  assert curves["eval: psnr"] == {"a": ([10, 20], [20.0, 21.0]), "b": ([10], [20.0])}
-  assert curves["train: loss"]["a"] == ([10, 30], [2.0, 1.0])  # not finite at 20
-  assert curves["train: usage by level"] == {0: ([10, 20], [0.1, 0.3]), 1: ([10, 20], [0.2, 0.4])}
-  assert curves["eval: error by level"] == {1: ([10, 20], [0.5, 0.4])}
-
-
-def test_grid_keeps_pixels_and_fits_its_text():
-  image = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
-  large = np.zeros((600, 1200, 3), np.uint8)
-  np.testing.assert_array_equal(figures.thumbnail(image)[::4, ::4], image)  # 4 x 40 is 160
-  assert figures.thumbnail(large).shape == (256, 512, 3)
-  page = np.asarray(
-    figures.image_grid([[image, image], [large, large]], ["a", "b " * 99], [["x", "y"], ["", "z"]])
-  )
-  assert page.shape[1] == 2 * 512 + 3 * 8  # narrower than a page: nothing is zoomed
-  side_by_side = figures.image_grid([[image]] * 3, ["a"], blocks=2)
-  assert side_by_side.width == 2 * 160 + 5 * 8 and side_by_side.height < 3 * 80 + 8 * 4
-  enlarged = figures.thumbnail(image)
-  rows = np.flatnonzero((page[:, 8:168] == enlarged[0]).all((1, 2)))
-  assert rows.size and (page[rows[0] : rows[0] + 80, 8:168] == enlarged).all()
-
-
-def test_uniform_utilization_by_simulation():
-  draws = np.random.default_rng(0).integers(0, 50, (2000, 70))
-  seen = np.mean([len(np.unique(d)) for d in draws]) / 50
-  assert figures.uniform_utilization(70, 50) == pytest.approx(seen, abs=0.005)
-  assert figures.uniform_utilization(0, 50) == 0
-
-
-def test_principal_axes_of_a_flat_cloud():
-  rng = np.random.default_rng(0)
-  plane = np.linalg.qr(rng.normal(size=(6, 2)))[0]
-  x = (rng.normal(size=(500, 2)) * [3, 1]) @ plane.T + 5
-  mean, axes, inside = figures.principal_axes(x.astype(np.float32))
-  np.testing.assert_allclose(mean, x.mean(0), atol=1e-4)
-  assert inside == pytest.approx(1, abs=1e-5)
-  np.testing.assert_allclose(axes @ axes.T, plane @ plane.T, atol=1e-3)
-  assert abs(axes[:, 0] @ plane[:, 0]) > 0.99
