@@ -52,7 +52,7 @@ def functions(case: str):
   """(parameters, forward, forward + backward) of a case's quantizer."""
   patch_sizes, codes = CASES[case]
   config = QuantizerConfig(codebook_size=codes, patch_sizes=patch_sizes)
-  make = lambda: nnx.split(ResidualQuantizer(config, rngs=nnx.Rngs(0)))  # noqa: E731
+  make = lambda: nnx.split(ResidualQuantizer(config, rngs=nnx.Rngs(0)))
   graphdef = jax.eval_shape(make)[0]
 
   def forward(params, latents):

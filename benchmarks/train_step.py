@@ -55,8 +55,8 @@ from flax import nnx
 
 from coda_jax import config as c
 from coda_jax import sharding, weights
-from coda_jax.losses.adversarial import generator_loss
 from coda_jax.config import REMAT
+from coda_jax.losses.adversarial import generator_loss
 from coda_jax.losses.reconstruction import reconstruction_loss
 from coda_jax.models import lora
 from coda_jax.models.dino import DINO
@@ -206,7 +206,7 @@ def make_trainer(case: str, folder: pathlib.Path, **changes) -> TokenizerTrainer
     changes: to the config's settings.
   """
   name, vae = CASES[case]
-  make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))  # noqa: E731
+  make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))
   weights.write_directory(
     folder / "vae", "vae", {"vae": dataclasses.asdict(vae)}, _random_arrays(make)
   )
@@ -235,7 +235,7 @@ class Pieces:
   def __init__(self, trainer: TokenizerTrainer, state):
     frozen, adversary = trainer._frozen, trainer._adversary
     self.losses = trainer.config.losses
-    tokenizer = lambda params: trainer._tokenizer.module(frozen["tokenizer"], params)  # noqa: E731
+    tokenizer = lambda params: trainer._tokenizer.module(frozen["tokenizer"], params)
     lpips = trainer._lpips.module(frozen["lpips"])
     size, vae = trainer.config.tokenizer.image_size, trainer.tokenizer_config.vae
     cut, _ = adaptive_layer(trainer._tokenizer, trainer.config.adversarial.adaptive_layer)
@@ -282,12 +282,12 @@ def minimum(trainer: TokenizerTrainer, state) -> dict[str, float]:
   """Least FLOPs of an update, by part; see the top of this file."""
   x = Pieces(trainer, state)
   quantizer = trainer.config.tokenizer.quantizer
-  trained = lambda part: {k: v for k, v in x.params.items() if part in k}  # noqa: E731
-  rest = lambda part: {k: v for k, v in x.params.items() if part not in k}  # noqa: E731
+  trained = lambda part: {k: v for k, v in x.params.items() if part in k}
+  rest = lambda part: {k: v for k, v in x.params.items() if part not in k}
 
   def of(function, part, *inputs):
     """Gradients for the parameters of a part and for its input."""
-    merged = lambda wrt, rest: function((rest | wrt[0], *wrt[1:]))  # noqa: E731
+    merged = lambda wrt, rest: function((rest | wrt[0], *wrt[1:]))
     return least(merged, (trained(part), *inputs), rest(part))
 
   encoder = least(

@@ -17,6 +17,7 @@ import tqdm
 
 from coda_jax.config import LoggingSettings
 from coda_jax.errors import UserError
+from coda_jax.outputs import write_text
 
 log = logging.getLogger("coda_jax")
 METRICS_FILE = "metrics.jsonl"
@@ -47,9 +48,7 @@ class Metrics:
     self._steps = {kind: {r["step"] for r in kept if r["kind"] == kind} for kind in KINDS}
     if not self._active:
       return
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    aside.replace(path)
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     self._file = path.open("a")
     if settings.tensorboard:
       from tensorboardX import SummaryWriter
