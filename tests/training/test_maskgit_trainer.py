@@ -14,6 +14,7 @@ from coda_jax.training.logging import read_metrics
 from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from tests import tiny
 from tests.conftest import assert_close
+from tests.exporting import check
 from tests.training import runs
 
 
@@ -114,6 +115,14 @@ def test_eight_devices_equal_one(folder, trainer):
   assert_close(sharded["loss"], metrics["loss"], 1e-5)
   assert_close(sharded["level_loss"], metrics["level_loss"], 1e-5)
   assert_close(sharded["grad_norm"], metrics["grad_norm"], 1e-4)
+
+
+def test_the_update_is_exported_for_every_platform(trainer):
+  with jax.set_mesh(trainer.mesh):
+    batches = trainer.batches(0)
+    batch, state = next(batches), trainer.initial_state()
+    batches.close()
+  check(trainer._keyed_update, state, trainer._frozen, trainer._key, batch, tolerance=1e-4)
 
 
 def test_errors_name_both(folder, tmp_path):
