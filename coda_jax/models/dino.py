@@ -57,30 +57,20 @@ def _window(key, n):
   return (jnp.arange(n) == start + jnp.arange(IMAGE_SIZE)[:, None]).astype(jnp.float32)
 
 
-class _Linear(nnx.Module):
-  def __init__(self, in_features, out_features):
-    self.kernel = nnx.Param(jnp.zeros((in_features, out_features)))
-    self.bias = nnx.Param(jnp.zeros((out_features,)))
-
-  def __call__(self, x):
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+def _linear(cin, cout, dtype, rngs):
+  zeros = nnx.initializers.zeros
+  return nnx.Linear(cin, cout, dtype=dtype, kernel_init=zeros, rngs=rngs)
 
 
-class _LayerNorm(nnx.Module):
-  def __init__(self):
-    self.scale = nnx.Param(jnp.ones((WIDTH,)))
-    self.bias = nnx.Param(jnp.zeros((WIDTH,)))
-
-  def __call__(self, x):
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    return x * self.scale[...] + self.bias[...]
+def _layer_norm(rngs):
+  """Float32, the result too: the Linear behind it casts to its own type."""
+  return nnx.LayerNorm(WIDTH, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 class _Attention(nnx.Module):
-  def __init__(self):
-    self.qkv = _Linear(WIDTH, 3 * WIDTH)
-    self.proj = _Linear(WIDTH, WIDTH)
+  def __init__(self, dtype, rngs):
+    self.qkv = _linear(WIDTH, 3 * WIDTH, dtype, rngs)
+    self.proj = _linear(WIDTH, WIDTH, dtype, rngs)
 
   def __call__(self, x):
     b, n, _ = x.shape
@@ -89,36 +79,39 @@ class _Attention(nnx.Module):
 
 
 class _MLP(nnx.Module):
-  def __init__(self):
-    self.fc1 = _Linear(WIDTH, HIDDEN)
-    self.fc2 = _Linear(HIDDEN, WIDTH)
+  def __init__(self, dtype, rngs):
+    self.fc1 = _linear(WIDTH, HIDDEN, dtype, rngs)
+    self.fc2 = _linear(HIDDEN, WIDTH, dtype, rngs)
 
   def __call__(self, x):
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
 
 
 class _Block(nnx.Module):
-  def __init__(self):
-    self.norm1, self.attn = _LayerNorm(), _Attention()
-    self.norm2, self.mlp = _LayerNorm(), _MLP()
+  """Branches compute in `dtype`; the residual stream and the norms stay float32."""
 
-  def __call__(self, x, dtype):
-    """Residual stream and norms in float32, branches in `dtype`."""
-    x = x + self.attn(self.norm1(x).astype(dtype)).astype(jnp.float32)
-    return x + self.mlp(self.norm2(x).astype(dtype)).astype(jnp.float32)
+  def __init__(self, dtype, rngs):
+    self.norm1, self.attn = _layer_norm(rngs), _Attention(dtype, rngs)
+    self.norm2, self.mlp = _layer_norm(rngs), _MLP(dtype, rngs)
+
+  def __call__(self, x):
+    x = x + self.attn(self.norm1(x))
+    return x + self.mlp(self.norm2(x))
 
 
 class _PatchEmbed(nnx.Module):
-  def __init__(self):
+  """A strided convolution as one matmul: patches do not overlap."""
+
+  def __init__(self, dtype):
+    self.dtype = dtype
     self.kernel = nnx.Param(jnp.zeros((PATCH_SIZE, PATCH_SIZE, 3, WIDTH)))
     self.bias = nnx.Param(jnp.zeros((WIDTH,)))
 
   def __call__(self, x):
-    """As one matmul: patches do not overlap."""
     b, n = x.shape[0], IMAGE_SIZE // PATCH_SIZE
     x = x.reshape(b, n, PATCH_SIZE, n, PATCH_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    kernel = self.kernel[...].reshape(-1, WIDTH).astype(x.dtype)
-    return x.reshape(b, TOKENS, -1) @ kernel + self.bias[...].astype(x.dtype)
+    x, kernel, bias = (t.astype(self.dtype) for t in (x, self.kernel[...], self.bias[...]))
+    return x.reshape(b, TOKENS, -1) @ kernel.reshape(-1, WIDTH) + bias
 
 
 class DINO(nnx.Module):
@@ -129,23 +122,23 @@ class DINO(nnx.Module):
   """
 
   def __init__(self, *, dtype=jnp.float32):
-    self.dtype = dtype
+    rngs = nnx.Rngs(0)  # asked for by the layers; zeros and ones need no draw
     self.cls_token = nnx.Param(jnp.zeros((WIDTH,)))
     self.pos_embed = nnx.Param(jnp.zeros((1 + TOKENS, WIDTH)))
-    self.patch_embed = _PatchEmbed()
-    self.blocks = nnx.List([_Block() for _ in range(DEPTH)])
+    self.patch_embed = _PatchEmbed(dtype)
+    self.blocks = nnx.List([_Block(dtype, rngs) for _ in range(DEPTH)])
 
   def __call__(self, x: Float[Array, "b 224 224 3"]) -> tuple[Float[Array, "b 196 384"], ...]:
     """Five readouts, each patch tokens + class token, float32, of `dino_input`'s images.
 
     They follow the position embedding and blocks 2, 5, 8 and 11.
     """
-    patches = self.patch_embed(x.astype(self.dtype)).astype(jnp.float32)
+    patches = self.patch_embed(x).astype(jnp.float32)
     cls = jnp.broadcast_to(self.cls_token[...], (len(x), 1, WIDTH))
     x = jnp.concatenate([cls, patches], axis=1) + self.pos_embed[...]
     readouts = [x[:, 1:] + x[:, :1]]
     for i, block in enumerate(self.blocks):
-      x = block(x, self.dtype)
+      x = block(x)
       if i in READOUTS:
         readouts.append(x[:, 1:] + x[:, :1])
     return tuple(readouts)

@@ -6,6 +6,7 @@ missing. Of both, what trains is `TRAINABLE`; spectral-norm vectors (`PowerItera
 statistics (`nnx.BatchStat`) change at every call with `train=True`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,9 +38,11 @@ def _unit(x):
 class SpectralConv(nnx.Module):
   """1D convolution [b, n, in] -> [b, n, out] with circular padding and a kernel of norm about 1.
 
-  Parameters: `kernel` [k, in, out] (k odd) and `bias`; state: `u` [out], `v` [k * in]. With W the
-  kernel as a [k * in, out] matrix, a training call does v = unit(W u), u = unit(v W), and every
-  call divides W by v W u, whose gradient goes to W only (Miyato et al., arXiv 1802.05957).
+  Spectral normalisation (Miyato et al., arXiv 1802.05957) with W the kernel as a [k * in, out]
+  matrix: a training call does one power iteration, v = unit(W u) and u = unit(v W); every call
+  divides W by sigma = v W u, whose gradient goes to W alone.
+
+  Parameters: `kernel` [k, in, out] (k odd) and `bias`; state: `u` [out], `v` [k * in].
   """
 
   def __init__(self, in_channels: int, out_channels: int, size: int, *, rngs: nnx.Rngs):
@@ -54,28 +57,31 @@ class SpectralConv(nnx.Module):
 
   def __call__(self, x, *, train: bool):
     kernel = self.kernel[...]
-    size, matrix = len(kernel), kernel.reshape(-1, kernel.shape[-1])
-    with jax.default_matmul_precision("highest"):
-      if train:
-        fixed = jax.lax.stop_gradient(matrix)
-        # `v[...] = x` would ask tracers for their sharding: seconds for every vector.
-        self.v.set_value(_unit(fixed @ self.u[...]))
-        self.u.set_value(_unit(self.v[...] @ fixed))
-      sigma = self.v[...] @ matrix @ self.u[...]
-    kernel = (kernel / sigma).astype(x.dtype)
-    if size > 1:
-      x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0)), mode="wrap")
+    kernel = (kernel / self._sigma(kernel, train)).astype(x.dtype)
+    pad = len(kernel) // 2
+    x = jnp.pad(x, ((0, 0), (pad, pad), (0, 0)), mode="wrap")
     y = jax.lax.conv_general_dilated(
       x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
     return y + self.bias[...].astype(x.dtype)
+
+  def _sigma(self, kernel, train: bool):
+    """v W u; a training call updates u and v first."""
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    with jax.default_matmul_precision("highest"):
+      if train:
+        fixed = jax.lax.stop_gradient(matrix)
+        self.v[...] = _unit(fixed @ self.u[...])
+        self.u[...] = _unit(self.v[...] @ fixed)
+      return self.v[...] @ matrix @ self.u[...]
 
 
 class BatchNorm(nnx.Module):
   """Batch norm over every axis but the last, in float32.
 
   Under `jax.jit` with a sharded batch the means are over the global batch. Parameters: `scale`,
-  `bias`; state: `mean`, `var` (unbiased), momentum 0.1; epsilon 1e-6.
+  `bias`; state: running `mean` and `var`. As in PyTorch the running variance is the unbiased one
+  (that of `nnx.BatchNorm` is not): running = 0.9 running + 0.1 batch's. Epsilon is 1e-6.
   """
 
   def __init__(self, channels: int):
@@ -86,18 +92,20 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x, *, train: bool):
     dtype, x = x.dtype, x.astype(jnp.float32)
-    if train:
-      axes = tuple(range(x.ndim - 1))
-      n = math.prod(x.shape[:-1])
-      mean = jnp.mean(x, axes)
-      var = jnp.mean(jnp.square(x - mean), axes)
-      now = jax.lax.stop_gradient((mean, var * (n / max(n - 1, 1))))
-      self.mean.set_value(0.9 * self.mean[...] + 0.1 * now[0])  # see SpectralConv
-      self.var.set_value(0.9 * self.var[...] + 0.1 * now[1])
-    else:
-      mean, var = self.mean[...], self.var[...]
+    mean, var = self._batch_statistics(x) if train else (self.mean[...], self.var[...])
     y = (x - mean) * jax.lax.rsqrt(var + 1e-6) * self.scale[...] + self.bias[...]
     return y.astype(dtype)
+
+  def _batch_statistics(self, x):
+    """(mean, biased variance) of a batch; updates the running statistics."""
+    axes = tuple(range(x.ndim - 1))
+    n = math.prod(x.shape[:-1])
+    mean = jnp.mean(x, axes)
+    var = jnp.mean(jnp.square(x - mean), axes)
+    new_mean, new_var = jax.lax.stop_gradient((mean, var * (n / max(n - 1, 1))))
+    self.mean[...] = 0.9 * self.mean[...] + 0.1 * new_mean
+    self.var[...] = 0.9 * self.var[...] + 0.1 * new_var
+    return mean, var
 
 
 def _leaky_relu(x):
@@ -127,33 +135,20 @@ class DinoHead(nnx.Module):
     return self.out(x, train=train)[..., 0].astype(jnp.float32)
 
 
-class _PatchConv(nnx.Module):
-  """4x4, padding 1."""
-
-  def __init__(self, in_channels: int, out_channels: int, stride: int, *, rngs: nnx.Rngs):
-    self.stride = stride
-    shape = (4, 4, in_channels, out_channels)
-    draws = jax.random.normal(rngs.params(), (math.prod(shape),))
-    self.kernel = nnx.Param(0.02 * draws.reshape(shape))
-    self.bias = nnx.Param(jnp.zeros((out_channels,)))
-
-  def __call__(self, x):
-    y = jax.lax.conv_general_dilated(
-      x,
-      self.kernel[...].astype(x.dtype),
-      window_strides=(self.stride, self.stride),
-      padding=((1, 1), (1, 1)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y + self.bias[...].astype(x.dtype)
-
-
 class _PatchHead(nnx.Module):
-  def __init__(self, width: int, layers: int, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, layers: int, dtype, *, rngs: nnx.Rngs):
     widths = [3, *(width * min(2**i, 8) for i in range(layers + 1)), 1]
     strides = [2] * layers + [1, 1]
+    conv = functools.partial(
+      nnx.Conv,
+      kernel_size=(4, 4),
+      padding=((1, 1), (1, 1)),
+      dtype=dtype,
+      kernel_init=nnx.initializers.normal(0.02),
+      rngs=rngs,
+    )
     self.convs = nnx.List(
-      [_PatchConv(*io, s, rngs=rngs) for *io, s in zip(widths, widths[1:], strides, strict=False)]
+      [conv(a, b, strides=s) for a, b, s in zip(widths, widths[1:], strides, strict=False)]
     )
     self.norms = nnx.List([BatchNorm(n) for n in widths[2:-1]])
 
@@ -223,7 +218,7 @@ class PatchDiscriminator(Discriminator):
 
   def __init__(self, *, width: int = 64, layers: int = 3, dtype=jnp.float32, rngs: nnx.Rngs):
     self.dtype = dtype
-    self.heads = nnx.List([_PatchHead(width, layers, rngs=rngs)])
+    self.heads = nnx.List([_PatchHead(width, layers, dtype, rngs=rngs)])
 
   def features(
     self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None

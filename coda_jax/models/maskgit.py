@@ -86,42 +86,33 @@ class Codes(nnx.Variable):
   """The tokenizer's code values [V, C]: saved with the model, never trained."""
 
 
-class Linear(nnx.Module):
-  """y = x W + b, computed in the type of x; weights are float32, normal with a std of `std`."""
-
-  def __init__(self, cin: int, cout: int, rngs: nnx.Rngs, std: float = 0.02):
-    self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (cin, cout)))
-    self.bias = nnx.Param(jnp.zeros(cout))
-
-  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-    return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+def _linear(cin: int, cout: int, dtype: DTypeLike, rngs: nnx.Rngs, std: float = 0.02) -> nnx.Linear:
+  """Computes in `dtype`; float32 weights, normal with a standard deviation of `std`."""
+  init = nnx.initializers.normal(std)
+  return nnx.Linear(cin, cout, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
-class LayerNorm(nnx.Module):
-  """Over the last axis with eps 1e-5, in float32; the result has the type of x."""
-
-  def __init__(self, width: int):
-    self.scale = nnx.Param(jnp.ones(width))
-    self.bias = nnx.Param(jnp.zeros(width))
-
-  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
-    return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  """Float32, the result too: the Linear behind it casts to its own type."""
+  return nnx.LayerNorm(width, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 class Block(nnx.Module):
-  """Attention and MLP behind norms; with `skip`, behind a Linear that takes a long skip in."""
+  """Attention and MLP, each behind a norm; with `skip`, a Linear takes a long skip in first."""
 
-  def __init__(self, config: MaskGITConfig, rngs: nnx.Rngs, skip: bool = False):
+  def __init__(
+    self, config: MaskGITConfig, dtype: DTypeLike, rngs: nnx.Rngs, *, skip: bool = False
+  ):
     width, inner = config.width, round(config.mlp_ratio * config.width)
     self.config = config
     if skip:
-      self.skip = Linear(2 * width, width, rngs)
-    self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-    self.qkv, self.proj = Linear(width, 3 * width, rngs), Linear(width, width, rngs)
-    self.fc1, self.fc2 = Linear(width, inner, rngs), Linear(inner, width, rngs)
+      self.skip = _linear(2 * width, width, dtype, rngs)
+    self.norm1 = _layer_norm(width, rngs)
+    self.qkv = _linear(width, 3 * width, dtype, rngs)
+    self.proj = _linear(width, width, dtype, rngs)
+    self.norm2 = _layer_norm(width, rngs)
+    self.fc1 = _linear(width, inner, dtype, rngs)
+    self.fc2 = _linear(inner, width, dtype, rngs)
 
   def __call__(
     self, x: Float[Array, "b t c"], skip: Float[Array, "b t c"] | None = None
@@ -149,41 +140,47 @@ class ClassCondition(nnx.Module):
 class CodeEmbedding(nnx.Module):
   """Embeddings and output table from code values.
 
-  A Linear embeds them. The output table is an MLP of them: of a Linear the logits would have no
-  more than the rank of the codes, 16, and could not favour two codes over one that lies between.
+  A Linear embeds the values. The output table is an MLP of them: with a Linear the logits would
+  have no higher rank than the values, 16, and could not favour two codes over one between them.
   """
 
-  def __init__(self, config: MaskGITConfig, codes: jax.Array, rngs: nnx.Rngs):
-    width = config.width
-    self.codes = Codes(codes)
-    self.embed = Linear(config.code_dim, width, rngs)
+  def __init__(
+    self,
+    config: MaskGITConfig,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    codes: Float[Array, "v c"] | None = None,
+  ):
+    width, dim = config.width, config.code_dim
+    self.codes = Codes(jnp.zeros((config.codebook_size, dim)) if codes is None else codes)
+    self.embed = _linear(dim, width, jnp.float32, rngs)
     self.mask = nnx.Param(_normal(rngs.params(), (width,)))
-    self.fc1 = Linear(config.code_dim, width, rngs, std=config.code_dim**-0.5)
-    self.fc2 = Linear(width, width, rngs, std=1 / width)
+    self.fc1 = _linear(dim, width, dtype, rngs, std=dim**-0.5)
+    self.fc2 = _linear(width, width, dtype, rngs, std=1 / width)
 
   def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
     """Float32 embeddings; id V is the mask."""
     codes = self._values()
     masked = (ids == len(codes))[..., None]
-    # The values first: [V, width] embeddings of every code would be more work than the tokens'.
+    # Gather before the Linear: embedding all V codes would take more work than the tokens' do.
     return jnp.where(masked, self.mask[...], self.embed(codes[jnp.minimum(ids, len(codes) - 1)]))
 
-  def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
+  def table(self) -> Float[Array, "v c"]:
     """Output table."""
-    return self.fc2(nnx.gelu(self.fc1(self._values().astype(dtype))))
+    return self.fc2(nnx.gelu(self.fc1(self._values())))
 
   def _values(self) -> Float[Array, "v c"]:
-    """Code values of mean square 1: of small ones the MLP would see little but its bias."""
+    """Code values scaled to a mean square of 1: small values would leave the MLP its bias alone."""
     codes = self.codes[...]
     return codes * jax.lax.rsqrt(jnp.square(codes).mean() + 1e-12)
 
 
 class TableEmbedding(nnx.Module):
-  """One learned table of embeddings that is the output table too."""
+  """One learned table for embeddings and output."""
 
-  def __init__(self, config: MaskGITConfig, rngs: nnx.Rngs):
-    shape = config.codebook_size, config.width
-    self.embedding = nnx.Param(_normal(rngs.params(), shape))
+  def __init__(self, config: MaskGITConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.dtype = dtype
+    self.embedding = nnx.Param(_normal(rngs.params(), (config.codebook_size, config.width)))
     self.mask = nnx.Param(_normal(rngs.params(), (config.width,)))
 
   def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
@@ -192,9 +189,9 @@ class TableEmbedding(nnx.Module):
     masked = (ids == len(table))[..., None]
     return jnp.where(masked, self.mask[...], table[jnp.minimum(ids, len(table) - 1)])
 
-  def table(self, dtype: DTypeLike) -> Float[Array, "v c"]:
+  def table(self) -> Float[Array, "v c"]:
     """Output table."""
-    return self.embedding[...].astype(dtype)
+    return self.embedding[...].astype(self.dtype)
 
 
 class MaskGIT(nnx.Module):
@@ -220,22 +217,22 @@ class MaskGIT(nnx.Module):
     self.config, self.dtype, self.remat = config, dtype, remat
     width = config.width
     if config.embedding == "codes":
-      shape = config.codebook_size, config.code_dim
-      self.embedding = CodeEmbedding(config, jnp.zeros(shape) if codes is None else codes, rngs)
+      self.embedding = CodeEmbedding(config, dtype, rngs, codes)
     else:
-      self.embedding = TableEmbedding(config, rngs)
+      self.embedding = TableEmbedding(config, dtype, rngs)
     self.condition = ClassCondition(config.num_classes + 1, width, rngs)
     self.positions = nnx.List(
       [nnx.Param(_normal(rngs.params(), (p, p, width))) for p in config.patch_sizes]
     )
     self.level = nnx.Param(_normal(rngs.params(), (len(config.patch_sizes), width)))
     half = config.depth // 2
-    self.blocks_in = nnx.List([Block(config, rngs) for _ in range(half)])
-    self.block_mid = Block(config, rngs)
-    self.blocks_out = nnx.List([Block(config, rngs, skip=True) for _ in range(half)])
-    self.norm = LayerNorm(width)
-    self.head1, self.head2 = Linear(width, 2 * width, rngs), Linear(2 * width, width, rngs)
-    self.head_norm = LayerNorm(width)
+    self.blocks_in = nnx.List([Block(config, dtype, rngs) for _ in range(half)])
+    self.block_mid = Block(config, dtype, rngs)
+    self.blocks_out = nnx.List([Block(config, dtype, rngs, skip=True) for _ in range(half)])
+    self.norm = _layer_norm(width, rngs)
+    self.head1 = _linear(width, 2 * width, dtype, rngs)
+    self.head2 = _linear(2 * width, width, dtype, rngs)
+    self.head_norm = _layer_norm(width, rngs)
     self.bias = nnx.Param(jnp.zeros(config.codebook_size))
 
   def set_codes(self, values: Float[Array, "v c"]) -> None:
@@ -262,7 +259,7 @@ class MaskGIT(nnx.Module):
     tokens = self.embedding(ids) + position
     front = self.condition(condition)
     x = jnp.concatenate([front, tokens], 1).astype(self.dtype)
-    run = nnx.remat(_run) if self.remat else _run
+    run = nnx.remat(Block.__call__) if self.remat else Block.__call__
     skips = []
     for block in self.blocks_in:
       x = run(block, x)
@@ -271,18 +268,14 @@ class MaskGIT(nnx.Module):
     for block in self.blocks_out:
       x = run(block, x, skips.pop())
     x = self.norm(x[:, front.shape[1] :])
-    return self.head_norm(self.head2(nnx.gelu(self.head1(x))))
+    return self.head_norm(self.head2(nnx.gelu(self.head1(x)))).astype(self.dtype)
 
   def output_table(self) -> tuple[Float[Array, "v d"], Float[Array, "v"]]:
     """(table, bias): logits are hidden tableᵀ + bias."""
-    return self.embedding.table(self.dtype), self.bias[...]
+    return self.embedding.table(), self.bias[...]
 
   def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
     """Float32 logits of hidden states."""
     table, bias = self.output_table()
     hidden = hidden.astype(table.dtype)
     return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32) + bias
-
-
-def _run(block, *xs):
-  return block(*xs)
