@@ -1,4 +1,4 @@
-"""Programs for TPUs and GPUs are made on a machine without them: nothing asks the tracing machine."""
+"""Programs for TPUs and GPUs are made here, where neither is: nothing asks the tracing machine."""
 
 import jax
 import jax.numpy as jnp
