@@ -100,3 +100,9 @@ def test_an_interrupted_save_leaves_the_old_directory(saved, monkeypatch):
     coda_jax.save_tokenizer(tiny.tokenizer(seed=1), saved)
   assert (saved / "model.safetensors").read_bytes() == before
   assert [p.name for p in saved.parent.iterdir()] == ["tok"]
+
+
+@pytest.mark.parametrize("load", [weights.load_dino, weights.load_lpips])
+def test_frozen_networks_need_a_converted_directory(tmp_path, load):
+  with pytest.raises(UserError, match="no config.json; give a directory that `convert`"):
+    load(tmp_path)

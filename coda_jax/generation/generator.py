@@ -11,8 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from coda_jax import weights
-from coda_jax.arrays import jit_module
+from coda_jax import arrays, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
@@ -37,7 +36,7 @@ def _encode(tokenizer: Tokenizer, images):
   return jnp.concatenate([i.reshape(len(images), -1) for i in tokenizer.encode(images)], 1)
 
 
-_decode_ids, _encode_images = jit_module(_decode), jit_module(_encode)
+_decode_ids, _encode_images = arrays.jit_module(_decode), arrays.jit_module(_encode)
 
 
 class Generator:
@@ -74,8 +73,8 @@ class Generator:
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def everywhere(module):
-      graphdef, state = nnx.split(module)
-      return nnx.merge(graphdef, jax.device_put(state, whole))
+      graphdef, flat = arrays.split(module)
+      return arrays.merge(graphdef, jax.device_put(flat, whole))
 
     self._sample = sampler.bind(everywhere(model), len(devices))
     tokenizer = everywhere(tokenizer)

@@ -8,28 +8,41 @@ that it is surest of. With w the step's guidance, u_n uniform and g_n Gumbel noi
   confidence_n = log softmax(s_n)[code_n] + choice_temperature · (1 − progress) · g_n
 
 Logits exist for a chunk of tokens at a time, and only for tokens that this step may reveal. All
-random numbers of an image come from the key folded with its global index, so that neither the batch
-nor the devices that it is part of change anything but rounding.
+random numbers of an image come from the key folded with its global index: the batch that the image
+is part of, and the devices, change rounding alone.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
+from coda_jax.arrays import jit_module
 from coda_jax.errors import UserError
 from coda_jax.generation.masking import ORDERS, SCHEDULES, masked_counts
 
 RAMPS = ("linear", "constant", "cosine")
 _BLOCK = 128  # codes of which the cumulative sum is taken at a time
-# Logits of a chunk on each device, as in the training's cross-entropy.
+# Logits of a chunk on each device. Every chunk reads the output table, so accelerators, whose
+# memory is slow beside their products, want long chunks. A CPU is at most 10% slower than at 2**22.
 _ELEMENTS = 2**25
-_CPU_ELEMENTS = 2**22
+
+
+class Steps(NamedTuple):
+  """What each step needs: float32 [steps], but for the first two."""
+
+  number: np.ndarray  # uint32 [steps], from 0
+  left: np.ndarray  # int32 [steps, B], tokens still masked after the step
+  temperature: np.ndarray
+  top_p: np.ndarray
+  noise: np.ndarray  # factor of the confidence's noise
+  guidance: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +100,19 @@ class SamplerSettings:
     shape = {"linear": t, "constant": np.ones_like(t), "cosine": (1 - np.cos(np.pi * t)) / 2}
     return (self.guidance * shape[self.guidance_ramp]).astype(np.float32)
 
+  def per_step(self, masked: Int[np.ndarray, "b"]) -> Steps:
+    """The numbers of every step, of images with so many masked tokens each."""
+    ones = np.ones(self.steps, np.float32)
+    progress = np.arange(1, self.steps + 1, dtype=np.float32) / self.steps
+    return Steps(
+      number=np.arange(self.steps, dtype=np.uint32),
+      left=masked_counts(self.schedule, self.steps, masked),
+      temperature=self.temperature * ones,
+      top_p=(1 if self.top_p is None else self.top_p) * ones,
+      noise=np.float32(self.choice_temperature) * (1 - progress),
+      guidance=self.guidance_scales(),
+    )
+
 
 class Sampled(NamedTuple):
   """Ids [B, N] without masks, and those after each step [steps, B, N] if they were asked for."""
@@ -95,8 +121,10 @@ class Sampled(NamedTuple):
   history: jax.Array | None
 
 
-class _Static(NamedTuple):
-  """What decides the compiled function, besides shapes."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What decides the compiled loop besides shapes; `chunk` counts tokens of an image."""
 
   coarse_to_fine: bool
   top_k: int | None
@@ -139,22 +167,20 @@ def sample(
   )
 
 
-def bind(model: nnx.Module, devices: int = 1):
+def bind(model: nnx.Module, devices: int = 1) -> Callable[..., Sampled]:
   """`sample` for many calls with one model, whose parameters are taken as they are now.
 
   Args:
     devices: over which the caller splits the batch; chunks of tokens are sized for its part.
   """
-  graphdef, state = nnx.split(model)
-  config = model.config
+  config, run = model.config, _compiled(model)
 
-  def run(ids, condition, key, settings, *, index=None, keep_steps=False, chunk_size=None):
+  def bound(ids, condition, key, settings, *, index=None, keep_steps=False, chunk_size=None):
     settings.check(config.tokens)
-    batch, _ = ids.shape
+    batch = len(ids)
     if chunk_size is None:
-      elements = _CPU_ELEMENTS if jax.default_backend() == "cpu" else _ELEMENTS
-      chunk_size = elements * devices // (batch * config.codebook_size)
-    static = _Static(
+      chunk_size = _ELEMENTS * devices // (batch * config.codebook_size)
+    form = Form(
       coarse_to_fine=settings.order == "coarse_to_fine",
       top_k=settings.top_k and min(settings.top_k, config.codebook_size),
       nucleus=settings.top_p is not None,
@@ -163,43 +189,36 @@ def bind(model: nnx.Module, devices: int = 1):
       chunk=min(max(1, chunk_size), config.tokens),
     )
     masked = np.sum(np.asarray(ids) == config.mask_id, 1)
-    progress = np.arange(1, settings.steps + 1, dtype=np.float32) / settings.steps
-    steps = {
-      "number": np.arange(settings.steps, dtype=np.uint32),
-      "left": masked_counts(settings.schedule, settings.steps, masked),
-      "noise": np.float32(settings.choice_temperature) * (1 - progress),
-      "guidance": settings.guidance_scales(),
-    }
-    index = np.arange(batch) if index is None else index
-    return _sample(
-      graphdef,
-      state,
+    return run(
       jnp.asarray(ids, jnp.int32),
       jnp.asarray(condition, jnp.int32),
-      jnp.asarray(np.asarray(index), jnp.uint32),
+      jnp.asarray(np.arange(batch) if index is None else index, jnp.uint32),
       key,
-      steps,
-      np.float32(settings.temperature),
-      np.float32(1 if settings.top_p is None else settings.top_p),
-      static,
+      settings.per_step(masked),
+      form,
     )
 
-  return run
+  return bound
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
-def _sample(
-  graphdef, state, ids, condition, index, key, steps: dict[str, Any], temperature, top_p, static
+def loop(
+  model: nnx.Module,
+  ids: Int[Array, "b n"],
+  condition: Int[Array, "b"],
+  index: Integer[Array, "b"],
+  key: PRNGKeyArray,
+  steps: Steps,
+  form: Form,
 ) -> Sampled:
-  model = nnx.merge(graphdef, state)
+  """`sample`, traceable: the same program for every platform."""
   config = model.config
   table, bias = model.output_table()  # once: of embedding "codes" it costs as much as many tokens
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
   levels = jnp.asarray(config.levels)
   last = jnp.int32(len(config.patch_sizes))
 
-  def hidden(ids, guidance):
-    if not static.guided:
+  def run(ids, guidance):
+    if not form.guided:
       return model(ids, condition)
     # Neighbours, not halves: on many devices each has both runs of its images.
     twice = jnp.stack([ids, ids], 1).reshape(-1, ids.shape[1])
@@ -210,30 +229,36 @@ def _sample(
     guided = with_class + guidance * (with_class - without).astype(jnp.float32)
     return guided.astype(both.dtype)
 
-  def draw(hidden, uniform):
+  def draw(x, hidden, uniform):
     s = jnp.matmul(hidden.astype(table.dtype), table.T, preferred_element_type=jnp.float32) + bias
-    codes = _draw(_filtered(s / temperature, static.top_k, top_p, static.nucleus), uniform)
+    filtered = _filtered(s / x.temperature, form.top_k, x.top_p if form.nucleus else None)
+    codes = _draw(filtered, uniform)
     chosen = jnp.take_along_axis(s, codes[..., None], -1)[..., 0]
     return codes, chosen - jax.nn.logsumexp(s, -1)
 
   def step(ids, x):
     masked = ids == config.mask_id
-    count = jnp.sum(masked, 1) - x["left"]
-    group = jnp.where(masked, levels if static.coarse_to_fine else 0, last)
+    count = jnp.sum(masked, 1) - x.left
+    group = jnp.where(masked, levels if form.coarse_to_fine else 0, last)
     # The level at which this step ends: of finer ones nothing can be revealed.
     end = jnp.take_along_axis(jnp.sort(group, 1), jnp.maximum(count - 1, 0)[:, None], 1)
     wanted = masked & (group <= end) & (count > 0)[:, None]
-    noise = jax.vmap(lambda k: _noise(jax.random.fold_in(k, x["number"]), ids.shape[1]))(keys)
-    uniform, gumbel = noise
-    h = hidden(ids, x["guidance"])
-    codes, confidence = _over_wanted(draw, h, uniform, wanted, static.chunk)
-    confidence += x["noise"] * gumbel
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, x.number)
+    uniform, gumbel = jax.vmap(lambda k: _noise(k, ids.shape[1]))(step_keys)
+    hidden = run(ids, x.guidance)
+    codes, confidence = _over_wanted(
+      functools.partial(draw, x), hidden, uniform, wanted, form.chunk
+    )
+    confidence += x.noise * gumbel
     order = jnp.lexsort((-confidence, jnp.where(wanted, group, last)), axis=-1)
     rank = jnp.argsort(order, -1)
     ids = jnp.where(wanted & (rank < count[:, None]), codes, ids)
-    return ids, ids if static.keep_steps else None
+    return ids, ids if form.keep_steps else None
 
   return Sampled(*jax.lax.scan(step, ids, steps))
+
+
+_compiled = jit_module(loop)
 
 
 def _noise(key, n: int):
@@ -264,11 +289,11 @@ def _over_wanted(draw, hidden, uniform, wanted, chunk: int):
   return jax.tree.map(lambda x: jnp.take_along_axis(x, back, 1), found)
 
 
-def _filtered(s: Float[Array, "*b v"], top_k, top_p, nucleus: bool) -> Float[Array, "*b v"]:
-  """Logits with those outside of top-k and then top-p at −inf."""
+def _filtered(s: Float[Array, "*b v"], top_k, top_p) -> Float[Array, "*b v"]:
+  """Logits with those outside of top-k and then top-p at −inf; None leaves all."""
   if top_k is not None:
     s = jnp.where(s >= jax.lax.top_k(s, top_k)[0][..., -1:], s, -jnp.inf)
-  if nucleus:
+  if top_p is not None:
     p = jax.nn.softmax(s, -1)
     down = -jnp.sort(-p, -1)
     kept = jnp.sum(jnp.cumsum(down, -1) - down < top_p, -1, keepdims=True)

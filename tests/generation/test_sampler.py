@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from coda_jax import arrays
 from coda_jax.errors import UserError
 from coda_jax.generation import sampler
 from coda_jax.generation.masking import masked_counts
@@ -166,12 +167,15 @@ def test_chunks_and_seeds():
   assert (whole[0] != whole[1]).mean() > 0.5  # each image has its own random numbers
 
 
-def test_numbers_compile_nothing():
+def test_numbers_compile_nothing(monkeypatch):
   draw(PLAIN)
-  before = sampler._sample._cache_size()
+  traced, call = [], oracle.Oracle.__call__
+  monkeypatch.setattr(oracle.Oracle, "__call__", lambda *args: traced.append(1) or call(*args))
   for change in ({"temperature": 0.5}, {"choice_temperature": 0.0}, {"schedule": "linear"}):
     draw(dataclasses.replace(PLAIN, **change), seed=5)
-  assert sampler._sample._cache_size() == before
+  assert not traced
+  draw(dataclasses.replace(PLAIN, top_k=3))
+  assert traced
 
 
 REAL = MaskGITConfig(
@@ -218,20 +222,14 @@ def test_no_logits_of_all_tokens():
     width=8, depth=0, heads=1, num_classes=1, patch_sizes=(4, 16), codebook_size=4096
   )
   model = nnx.eval_shape(lambda: MaskGIT(config, rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(model)
-  static = sampler._Static(True, 4, True, True, False, 16)
+  graphdef, shapes = arrays.split(model)
+  form = sampler.Form(True, 4, True, True, False, chunk=16)
   n = config.tokens
-  shape = jax.ShapeDtypeStruct
-  steps = {
-    "number": shape((4,), jnp.uint32),
-    "left": shape((4, 1), jnp.int32),
-    "noise": shape((4,), jnp.float32),
-    "guidance": shape((4,), jnp.float32),
-  }
-  scalar, key = shape((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
-  args = state, shape((1, n), jnp.int32), shape((1,), jnp.int32), shape((1,), jnp.uint32), key
-  lowered = sampler._sample.lower(graphdef, *args, steps, scalar, scalar, static)
-  found = lowered.as_text()
+  run = jax.jit(lambda shapes, *args: sampler.loop(arrays.merge(graphdef, shapes), *args, form))
+  zero, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+  steps = SamplerSettings(steps=4).per_step(np.array([n]))
+  index = zero.astype(jnp.uint32)
+  found = run.lower(shapes, jnp.zeros((1, n), jnp.int32), zero, index, key, steps).as_text()
   assert f"16x{config.codebook_size}x" in found
   assert f"{n}x{config.codebook_size}x" not in found
 

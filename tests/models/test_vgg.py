@@ -1,16 +1,7 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from coda_jax.models.vgg import STAGES, VGG16, _max_pool
-
-
-def test_max_pool_is_the_usual_one():
-  x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
-  expected = jax.lax.reduce_window(
-    x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding="VALID"
-  )
-  np.testing.assert_array_equal(_max_pool(x), expected)
+from coda_jax.models.vgg import STAGES, VGG16
 
 
 def test_thirteen_convolutions_and_five_maps():
