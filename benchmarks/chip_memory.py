@@ -5,11 +5,12 @@
 
 The trainer's own update with the settings of `configs/flux.py` and `configs/mar.py` (LoRA,
 quantizer, LPIPS, DINO's discriminator, adaptive weight, both optimizers, the average) for a batch
-of 256x256 images in one go, in bfloat16; `--dtype` and `--remat` are the config's. Memory is the compiler's own account: what the update takes in
-(parameters, moments, images; donated), and its temporaries. HBM traffic is the sum over the
-program's operations of what each reads and writes, as the compiler counts it: an upper bound where
-buffers stay in the chip's fast memory; the bodies of the look-up's loops count once. With `--parts`
-the networks follow, each compiled by itself, forward + backward. The last line is JSON;
+of 256x256 images in one go; `--dtype` and `--remat` are the config's. Memory is the compiler's own
+account: what the update takes in (parameters, moments, images; donated), and its temporaries. HBM
+traffic is the sum over the program's operations of what each reads and writes, as the compiler
+counts it: an upper bound where buffers stay in the chip's fast memory; the bodies of the look-up's
+loops count once. With `--parts` the networks follow (the head and the tail of `tokenizer_step`,
+LPIPS, DINO, its heads), each compiled by itself, forward + backward. The last line is JSON;
 `images_per_chip_v5e_*` is the batch of `--images` that was found to fit 16 GB, the largest if more
 are given, or null.
 
@@ -21,7 +22,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where configs/ and benchmarks/ are
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import V5E_GB, compile_for_chip, has_libtpu
-from benchmarks.train_step import make_trainer
+from benchmarks.update import gradient, make_trainer, parts
 from coda_jax.config import REMAT
 
 CASES = ("flux", "mar")
@@ -40,9 +40,9 @@ def gigabytes(tree) -> float:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e9
 
 
-def measure(case: str, images: int, folder: pathlib.Path, **settings) -> dict[str, float] | None:
+def measure(case: str, images: int, **settings) -> dict[str, float] | None:
   """GB of an update by kind and its HBM traffic; None if the compiler cannot fit it."""
-  trainer = make_trainer(case, folder, **settings)
+  trainer = make_trainer(case, **settings)
   state, frozen = trainer.abstract_state(), trainer._frozen
   size = trainer.config.tokenizer.image_size
   batch = jax.ShapeDtypeStruct((1, images, size, size, 3), jnp.uint8)
@@ -66,44 +66,11 @@ def measure(case: str, images: int, folder: pathlib.Path, **settings) -> dict[st
   }
 
 
-def measure_parts(case: str, images: int, folder: pathlib.Path, **settings) -> dict:
+def measure_parts(case: str, images: int, **settings) -> dict[str, tuple[float, float]]:
   """(GB of temporaries, GB of HBM traffic an image) of the networks, forward + backward."""
-  trainer = make_trainer(case, folder, **settings)
-  frozen, params = trainer._frozen, trainer.abstract_state().params
-  vae, size = trainer.tokenizer_config.vae, trainer.config.tokenizer.image_size
-  image = jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)
-  latent = jax.ShapeDtypeStruct((images, *vae.latent_size(size, size), vae.z_channels), jnp.float32)
-
-  def tokenizer(params, frozen):
-    return trainer._tokenizer.module(frozen["tokenizer"], params)
-
-  def quantize(params, latents, frozen):
-    out = tokenizer(params, frozen).quantizer(latents)
-    return out.latents, out.vq_loss, out.entropy_loss
-
-  adversary, heads = trainer._adversary, trainer.abstract_state().discriminator
-
-  def dino(images, heads, frozen):
-    call = adversary.generator(*heads, frozen["discriminator"], images, jax.random.key(0), 0.0)
-    return call[1:3]
-
-  def total(function, *argnums):  # every output gets a cotangent
-    def of(*args):
-      out = jax.tree.leaves(function(*args))
-      return sum(jnp.square(y.astype(jnp.float32)).mean() for y in out)
-
-    return jax.grad(of, argnums)
-
-  cases = {
-    "encoder": (total(lambda p, x, f: tokenizer(p, f).vae.encode(x).mean, 0), params, image),
-    "quantizer": (total(quantize, 0, 1), params, latent),
-    "decoder": (total(lambda p, z, f: tokenizer(p, f).vae.decode(z), 0, 1), params, latent),
-    "LPIPS": (total(lambda x, y, f: trainer._lpips.module(f["lpips"])(y, x), 0), image, image),
-    "DINO and heads, one of three": (dino, image, (heads.params, heads.variables)),
-  }
-  found = {}
-  for name, (function, *args) in cases.items():
-    step = compile_for_chip(function, *args, frozen)
+  trainer, found = make_trainer(case, **settings), {}
+  for name, (function, args) in parts(trainer, trainer.abstract_state(), images).items():
+    step = compile_for_chip(gradient(function), *args)
     traffic = step.cost_analysis()["bytes accessed"] / images / 1e9
     found[name] = step.memory_analysis().temp_size_in_bytes / 1e9, traffic
   return found
@@ -126,8 +93,7 @@ def main() -> None:
   for case in args.cases:
     result |= {f"images_per_chip_v5e_{case}": None, f"hbm_gb_per_image_{case}": None}
     for images in sorted(args.images):
-      with tempfile.TemporaryDirectory() as folder:
-        found = measure(case, images, pathlib.Path(folder), **settings)
+      found = measure(case, images, **settings)
       what = f"{case}, {images} images, {', '.join(f'{k} {v}' for k, v in settings.items())}"
       if found is None:
         print(f"{what}: the compiler finds no way to fit the chip", flush=True)
@@ -143,8 +109,7 @@ def main() -> None:
         result[f"images_per_chip_v5e_{case}"] = images
         result[f"hbm_gb_per_image_{case}"] = round(traffic, 2)
     if args.parts:
-      with tempfile.TemporaryDirectory() as folder:
-        rows = measure_parts(case, max(args.images), pathlib.Path(folder), **settings)
+      rows = measure_parts(case, max(args.images), **settings)
       for name, (gb, traffic) in rows.items():
         print(f"  {name}: temporaries {gb:.2f} GB, traffic {traffic:.2f} GB an image", flush=True)
   print(json.dumps(result))

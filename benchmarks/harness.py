@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import os
+import pathlib
+import platform
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +22,21 @@ FORMS = ("materialised", "streamed")
 def peak() -> float:
   """Largest resident size of this process so far, in GB."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host() -> str:
+  """The processor's name, the cores that this process may use, and its vector instructions."""
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  text = cpuinfo.read_text() if cpuinfo.exists() else ""
+  name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+  flags = sorted(set(re.findall(r"\b(?:avx\w*|amx\w*|fma)\b", text)))
+  found = name[1] if name else platform.processor() or platform.machine()
+  return f"{found}, {cores()} cores, {' '.join(flags) or 'instruction set unknown'}"
 
 
 def best_of_forms(file: str, words: list[str], rounds: int) -> dict[str, dict[str, float]]:
