@@ -108,11 +108,11 @@ def parts(trainer: TokenizerTrainer, state, images: int) -> dict[str, tuple[Call
     return reconstruction_loss(reconstruction, image, networks.losses, lpips)[0]
 
   def dino(image, discriminator):
-    model = arrays.merge(networks.discriminator, discriminator)
+    model = arrays.merge(networks.adversary.graphdef, discriminator)
     return model.features(image, jax.random.key(0))
 
   def logits(params, features, discriminator):
-    model = arrays.merge(networks.discriminator, discriminator, params)
+    model = arrays.merge(networks.adversary.graphdef, discriminator, params)
     return model.logits(features, train=True)
 
   in_tail = lambda wanted: {k: x for k, x in state.params.items() if (k in networks.tail) == wanted}
