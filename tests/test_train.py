@@ -26,8 +26,13 @@ import pathlib
 
 def get_config():
   folder = pathlib.Path({folder!r})
-  patchgan = c.AdversarialSettings(discriminator="patch", patch_width=4, patch_layers=1)
-  changes = {{"ema__start_epoch": 0, "eval__every": 8, "checkpoint__every": 4}}
+  # Schedules do not depend on the number of steps, which some runs change.
+  patchgan = c.AdversarialSettings(
+    discriminator="patch", patch_width=4, patch_layers=1, ramp_steps=16,
+    optimizer=c.OptimizerSettings(schedule_steps=16),
+  )
+  changes = {{"ema__start_epoch": 0, "eval__every": 8, "checkpoint__every": 4,
+              "optimizer__schedule_steps": 16}}
   return c.config_dict(runs.config(folder, steps=16, adversarial=patchgan, **changes))
 """
 
