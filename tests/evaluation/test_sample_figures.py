@@ -1,4 +1,5 @@
 import numpy as np
+from PIL import Image
 
 from coda_jax.evaluation import figures, sample_figures
 
@@ -12,7 +13,8 @@ def test_the_grid_shows_the_first_of_the_first_classes():
 
 def test_grid_rows(monkeypatch):
   seen = []
-  monkeypatch.setattr(figures, "image_grid", lambda *args: seen.append(args))
+  page = Image.new("RGB", (1, 1))
+  monkeypatch.setattr(figures, "image_grid", lambda *args: seen.append(args) or page)
   image = np.zeros((4, 4, 3), np.uint8)
 
   def captions(per_class, count):
