@@ -11,28 +11,27 @@ import json
 import os
 import pathlib
 import re
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 import tqdm
+from jaxtyping import PRNGKeyArray
 from PIL import Image
 
 from coda_jax import cli, weights
 from coda_jax.data import decode
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
-from coda_jax.evaluation import figures, samples
-from coda_jax.evaluation.image_quality import to_uint8
+from coda_jax.evaluation import figures, sample_figures, samples
+from coda_jax.evaluation.samples import Features, SampleEvaluator
+from coda_jax.evaluation.sampling import Make, joined, sample_batches, timed_measures
 from coda_jax.generation import editing, masking, sampler
 from coda_jax.generation.generator import Generator, load_generator
 from coda_jax.generation.sampler import SamplerSettings
 from coda_jax.outputs import check_output, written_aside
 from coda_jax.training.logging import read_metrics
-
-_GRID_COLUMNS, _GRID_ROWS, _FILMSTRIP_ROWS, _FILMSTRIP_STEPS = 8, 12, 6, 10
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,8 +107,7 @@ def run(args: argparse.Namespace) -> None:
     settings, *sweep = (dataclasses.replace(s, order=generator.order) for s in (settings, *sweep))
   for s in (settings, *sweep):
     s.check(generator.config.tokens)
-  chosen = _classes(args.classes, generator)
-  classes = [c for c in chosen for _ in range(args.count)]
+  classes = [c for c in _classes(args.classes, generator) for _ in range(args.count)]
   key = jax.random.key(args.seed)
   make = _maker(args, generator, key)
   evaluator, crops = _evaluator(args, generator, len(classes))
@@ -126,13 +124,24 @@ def run(args: argparse.Namespace) -> None:
       "edit": _edit_settings(args),
     }
     _write_json(folder / "settings.json", written)
-    shown, features = _write_images(folder, args, generator, classes, settings, make, evaluator)
-    labels = [_label(generator, c) for c in classes]
-    _write_grid(folder, shown, labels, args.count)
+    labels = [generator.label(c) for c in classes]
+    batches = sample_batches(make, classes, settings, args.batch_size)
+    shown, features = _write_images(folder, args, batches, labels, evaluator)
+    sample_figures.sample_grid(shown, labels, args.count).save(folder / "grid.png")
     if args.filmstrip:
-      _write_filmstrip(folder, generator, classes, settings, key)
+      strip = sample_figures.filmstrip(generator, classes, labels, settings, key)
+      strip.save(folder / "filmstrip.png")
     if evaluator:
-      _evaluate(folder, args, generator, classes, written, make, evaluator, crops, features, sweep)
+      metrics = {"settings": written} | _evaluate(args, generator, evaluator, crops, features)
+      if sweep:
+        metrics["sweep"] = {}
+        for s in sweep:
+          row = timed_measures(make, classes, s, args.batch_size, evaluator)
+          print(f"{s.steps:4} steps: {row['seconds']:.3f} s an image, {row['vgg_kd']:.4f}")
+          metrics["sweep"][s.steps] = {**row, "sampler": dataclasses.asdict(s)}
+        _write_sweep(folder, metrics)
+      _write_curves(folder, args.model)
+      _write_json(folder / "metrics.json", metrics)
   print(f"{args.output / 'images'}, {args.output / 'grid.png'}")
 
 
@@ -158,49 +167,31 @@ def _numbers(option: str, text: str | None) -> list[int]:
     raise cli.UsageError(f"{option} {text}: write whole numbers with commas between") from None
 
 
-def _classes(text: str, generator: Generator) -> list[int]:
+def _classes(text: str, generator: Generator) -> list[int | None]:
   if text == "all":
-    return list(range(generator.config.num_classes)) or [generator.config.null_class]
+    return list(range(generator.config.num_classes)) or [None]
   words = [None if word == "null" else word for word in map(str.strip, text.split(","))]
-  return [int(c) for c in generator.class_ids(words)]
+  ids = generator.class_ids(words)
+  return [None if word is None else int(c) for word, c in zip(words, ids, strict=True)]
 
 
-def _label(generator: Generator, c: int) -> str:
-  if c == generator.config.null_class:
-    return "null"
-  return generator.class_names[c] if c < len(generator.class_names) else str(c)
-
-
-def _maker(args, generator: Generator, key) -> Callable:
-  """(classes, index of the first, settings) -> images in [-1, 1]."""
-
-  def as_classes(ids):
-    return [None if c == generator.config.null_class else int(c) for c in ids]
-
-  def new(classes, first, settings):
-    words = dataclasses.asdict(settings)
-    return generator.generate(as_classes(classes), key=key, first=first, **words)
-
+def _maker(args: argparse.Namespace, generator: Generator, key: PRNGKeyArray) -> Make:
+  """Makes images anew, or by the edit that `args` describes."""
   path = args.inpaint or args.change_class
-  if not path:
-    return new
-  image = normalize(_read(path, generator.image_size))
-  if args.change_class:
+  image = normalize(_read(path, generator.image_size)) if path else None
+  mask = _mask(args, generator.image_size) if args.inpaint else None
 
-    def change(classes, first, settings):
-      images = np.stack([image] * len(classes))
-      words = dataclasses.asdict(settings) | {"keep_levels": args.keep_levels}
-      return generator.change_class(images, as_classes(classes), key=key, first=first, **words)
-
-    return change
-  mask = _mask(args, generator.image_size)
-
-  def inpaint(classes, first, settings):
+  def make(classes, first, settings):
+    how = {"key": key, "first": first, **dataclasses.asdict(settings)}
+    if image is None:
+      return generator.generate(classes, **how)
     images = np.stack([image] * len(classes))
-    words = dataclasses.asdict(settings) | {"least": args.least, "paste": not args.no_paste}
-    return generator.inpaint(images, mask, as_classes(classes), key=key, first=first, **words)
+    if mask is None:
+      return generator.change_class(images, classes, keep_levels=args.keep_levels, **how)
+    paste = not args.no_paste
+    return generator.inpaint(images, mask, classes, least=args.least, paste=paste, **how)
 
-  return inpaint
+  return make
 
 
 def _read(path: str, size: int) -> np.ndarray:
@@ -230,87 +221,46 @@ def _edit_settings(args) -> dict | None:
   return {name: getattr(args, name) for name in names}
 
 
-def _batches(classes, size: int) -> Iterator[tuple[int, list[int], int]]:
-  """(index of the first, classes, how many count): the last batch is as large as the others."""
-  size = min(size, len(classes))
-  for first in range(0, len(classes), size):
-    part = classes[first : first + size]
-    yield first, part + part[-1:] * (size - len(part)), len(part)
-
-
-def _write_images(folder, args, generator, classes, settings, make, evaluator):
-  """(the images of the grid, features of all)."""
-  size = generator.image_size
+def _write_images(
+  folder: pathlib.Path,
+  args: argparse.Namespace,
+  batches: Iterable[tuple[int, np.ndarray, float]],
+  labels: Sequence[str],
+  evaluator: SampleEvaluator | None,
+) -> tuple[dict[int, np.ndarray], Features | None]:
+  """Writes the samples; returns those of the grid by index, and the features of all."""
   (folder / "images").mkdir()
-  npy = folder / "arr_0.npy"
-  shape = len(classes), size, size, 3
-  every = np.lib.format.open_memmap(npy, "w+", np.uint8, shape) if args.npz else None
+  count, digits = len(labels), len(str(len(labels) - 1))
+  wanted = set(sample_figures.grid_indices(count, args.count))
+  npy, every = folder / "arr_0.npy", None
   shown, features = {}, []
-  wanted = set(_grid_rows(len(classes), args.count))
-  digits = len(str(len(classes) - 1))
-  with tqdm.tqdm(total=len(classes), unit="image", disable=None) as bar:
-    for first, part, count in _batches(classes, args.batch_size):
-      images = to_uint8(np.asarray(make(part, first, settings)), "nearest")[:count]
+  with tqdm.tqdm(total=count, unit="image", disable=None) as bar:
+    for first, images, _ in batches:
       for i, image in enumerate(images, first):
-        name = re.sub(r"[^\w.-]+", "_", _label(generator, classes[i]))
+        name = re.sub(r"[^\w.-]+", "_", labels[i])
         Image.fromarray(image).save(folder / "images" / f"{i:0{digits}}_{name}.png")
         if i in wanted:
           shown[i] = image
-      if every is not None:
-        every[first : first + count] = images
+      if args.npz:
+        if every is None:
+          every = np.lib.format.open_memmap(npy, "w+", np.uint8, (count, *images.shape[1:]))
+        every[first : first + len(images)] = images
       if evaluator:
         features.append(evaluator.features(images))
-      bar.update(count)
+      bar.update(len(images))
   if every is not None:
     every.flush()
     del every
     with zipfile.ZipFile(folder / "samples.npz", "w") as file:  # the archive that np.savez writes
       file.write(npy, npy.name)
     npy.unlink()
-  joined = {k: np.concatenate([f[k] for f in features]) for k in features[0]} if features else None
-  return shown, joined
+  return shown, joined(features) if features else None
 
 
-def _grid_rows(images: int, count: int) -> list[int]:
-  """The first images of the first classes, as many as the grid shows."""
-  starts = range(0, images, count)
-  columns = min(count, _GRID_COLUMNS)
-  return [s + i for s in list(starts)[:_GRID_ROWS] for i in range(columns)]
-
-
-def _write_grid(folder, shown: dict[int, np.ndarray], labels: list[str], count: int) -> None:
-  columns = min(count, _GRID_COLUMNS)
-  order = sorted(shown)
-  if columns == 1:  # of one image a class the classes stand side by side
-    columns = min(len(order), _GRID_COLUMNS)
-  cells = [order[i : i + columns] for i in range(0, len(order), columns)]
-  blank = np.full_like(shown[order[0]], 255)
-  images = [[shown[i] for i in row] + [blank] * (columns - len(row)) for row in cells]
-  captions = [[labels[i] for i in row] + [""] * (columns - len(row)) for row in cells]
-  figures.image_grid(images, [""] * columns, captions).save(folder / "grid.png")
-
-
-def _write_filmstrip(folder, generator: Generator, classes, settings, key) -> None:
-  """Rows of images, columns of steps; tokens still masked add nothing to their level."""
-  step = max(1, len(classes) // _FILMSTRIP_ROWS)
-  rows = list(range(0, len(classes), step))[:_FILMSTRIP_ROWS]
-  n = settings.steps
-  kept = sorted({round(x) for x in np.linspace(0, n - 1, min(n, _FILMSTRIP_STEPS))})
-  images, null = [], generator.config.null_class
-  for row in rows:  # one at a time: each has its own global index
-    one = [None if classes[row] == null else classes[row]]
-    found = generator.sample(
-      generator.masked(1), one, settings, key, first=row, keep_steps=True
-    ).history
-    made = [np.asarray(generator.decode(found[k]))[0] for k in kept]
-    images.append([to_uint8(x, "nearest") for x in made])
-  left = masking.masked_counts(settings.schedule, n, generator.config.tokens)
-  titles = [f"step {k + 1}: {generator.config.tokens - left[k]} tokens" for k in kept]
-  captions = [[_label(generator, classes[row])] + [""] * (len(kept) - 1) for row in rows]
-  figures.image_grid(images, titles, captions).save(folder / "filmstrip.png")
-
-
-def _evaluator(args, generator: Generator, count: int):
+def _evaluator(
+  args: argparse.Namespace, generator: Generator, count: int
+) -> tuple[SampleEvaluator | None, np.ndarray | None]:
+  """(evaluator against held-out crops, other crops for the yardsticks), if they are asked for."""
   if not args.evaluate:
     return None, None
   if count < 2:
@@ -318,61 +268,38 @@ def _evaluator(args, generator: Generator, count: int):
   real, other = samples.real_crops(
     args.evaluate, generator.image_size, args.real or count, args.seed
   )
-  return samples.SampleEvaluator(real, {"vgg": args.lpips}, args.batch_size), other
+  return SampleEvaluator(real, {"vgg": args.lpips}, args.batch_size), other
 
 
 def _evaluate(
-  folder, args, generator, classes, written, make, evaluator, crops, features, sweep
-) -> None:
-  rows = {"samples": evaluator.measure(features)}
+  args: argparse.Namespace,
+  generator: Generator,
+  evaluator: SampleEvaluator,
+  crops: np.ndarray,
+  features: Features,
+) -> dict:
+  """Measures of the samples and of the yardsticks; prints them."""
+  ours = evaluator.measure(features)
   sets = samples.yardsticks(generator, crops, args.seed, args.batch_size)
-  rows |= {name: evaluator(images) for name, images in sets.items()}
-  print(samples.table(rows))
-  metrics = {
-    "settings": written,
-    "real": {"data": args.evaluate, "crops": len(crops)},
-    "samples": rows["samples"],
-    "yardsticks": {k: v for k, v in rows.items() if k != "samples"},
-  }
-  if sweep:
-    found = {}
-    for settings in sweep:
-      found[settings.steps] = {
-        **_timed(args, classes, make, evaluator, settings),
-        "sampler": dataclasses.asdict(settings),
-      }
-      line = found[settings.steps]
-      print(f"{settings.steps:4} steps: {line['seconds']:.3f} s an image, {line['vgg_kd']:.4f}")
-    metrics["sweep"] = found
-    lines = {k: v["vgg_kd"] for k, v in metrics["yardsticks"].items() if k != "random tokens"}
-    plot = figures.sweep_plot(
-      *samples.timed_quality(found), lines, samples.MEASURES["vgg_kd"].label
-    )
-    plot.savefig(folder / "sweep.png")
-  # The folder around the generator is that of its training, unless it was moved.
-  curves = figures.training_curves(
-    {"generator": read_metrics(pathlib.Path(args.model).resolve().parent)}
-  )
+  yardsticks = {name: evaluator(images) for name, images in sets.items()}
+  print(samples.table({"samples": ours, **yardsticks}))
+  real = {"data": args.evaluate, "crops": len(crops)}
+  return {"real": real, "samples": ours, "yardsticks": yardsticks}
+
+
+def _write_sweep(folder: pathlib.Path, metrics: Mapping[str, Mapping]) -> None:
+  label = samples.MEASURES["vgg_kd"].label
+  lines = {k: v["vgg_kd"] for k, v in metrics["yardsticks"].items() if k != "random tokens"}
+  plot = figures.sweep_plot(*samples.timed_quality(metrics["sweep"]), lines, label)
+  plot.savefig(folder / "sweep.png")
+
+
+def _write_curves(folder: pathlib.Path, model: str) -> None:
+  """The curves of the training that the generator lies in, unless it was moved."""
+  run = read_metrics(pathlib.Path(model).resolve().parent)
+  curves = figures.training_curves({"generator": run})
   if curves:
     figures.curves_plot(curves).savefig(folder / "curves.png")
-  _write_json(folder / "metrics.json", metrics)
-
-
-def _timed(args, classes, make, evaluator, settings) -> dict[str, float | int]:
-  """Measures of samples, and the seconds that one of them takes without compilation."""
-  first, part, _ = next(_batches(classes, args.batch_size))
-  jax.block_until_ready(make(part, first, settings))
-  seconds, made, features = 0.0, 0, []
-  batches = list(_batches(classes, args.batch_size))
-  for first, part, count in tqdm.tqdm(
-    batches, desc=f"{settings.steps} steps", unit="batch", disable=None, leave=False
-  ):
-    start = time.perf_counter()
-    images = np.asarray(make(part, first, settings))
-    seconds, made = seconds + time.perf_counter() - start, made + len(part)
-    features.append(evaluator.features(to_uint8(images, "nearest")[:count]))
-  joined = {k: np.concatenate([f[k] for f in features]) for k in features[0]}
-  return {**evaluator.measure(joined), "seconds": seconds / made}
 
 
 def _write_json(file: pathlib.Path, value) -> None:

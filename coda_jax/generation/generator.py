@@ -111,6 +111,12 @@ class Generator:
       )
     return number
 
+  def label(self, c: int | None) -> str:
+    """The name of a class, or its number if it has none; "null" for no class."""
+    if c is None:
+      return "null"
+    return self.class_names[c] if c < len(self.class_names) else str(c)
+
   def sample(
     self,
     ids: Int[np.ndarray, "b n"],

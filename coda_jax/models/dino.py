@@ -122,7 +122,7 @@ class DINO(nnx.Module):
   """
 
   def __init__(self, *, dtype=jnp.float32):
-    rngs = nnx.Rngs(0)  # asked for by the layers; zeros and ones need no draw
+    rngs = nnx.Rngs(0)  # The layers ask for it; zeros and ones draw nothing.
     self.cls_token = nnx.Param(jnp.zeros((WIDTH,)))
     self.pos_embed = nnx.Param(jnp.zeros((1 + TOKENS, WIDTH)))
     self.patch_embed = _PatchEmbed(dtype)

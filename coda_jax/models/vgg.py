@@ -16,7 +16,7 @@ class VGG16(nnx.Module):
 
   def __init__(self, *, dtype=jnp.float32):
     self.dtype = dtype
-    rngs = nnx.Rngs(0)  # asked for by the layers; zeros need no draw
+    rngs = nnx.Rngs(0)  # The layers ask for it; zeros draw nothing.
     zeros = nnx.initializers.zeros
     in_channels = 3
     for stage, widths in enumerate(STAGES, 1):
