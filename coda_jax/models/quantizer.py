@@ -1,4 +1,4 @@
-"""Multi-scale residual quantizer with attention or Euclidean look-up (paper, section 4).
+"""Multi-scale residual quantizer (paper, section 4).
 
 At each level the residual is area-pooled to p x p, every vector is looked up in one shared
 codebook, and the values, bicubically upsampled, are added to the reconstruction and taken from
@@ -6,7 +6,9 @@ the residual. Nothing is detached along the chain.
 """
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.ops import codebook_lookup as lookup
+from coda_jax.models.lookups import LOOKUPS, NORMS, Found, Lookup
 from coda_jax.ops.resize import area_resize, bicubic_resize
-
-_LOOKUPS = ("attention", "euclidean")
-_NORMS = ("rms", "layer", "none")
 
 # Sides of the token grids that the paper takes for images of 256 pixels: 680 and 2240 tokens.
 MAR_PATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -37,7 +36,7 @@ class QuantizerConfig:
     attn_dim: width of queries and keys.
     norm: of queries and keys: "rms", "layer" or "none".
     beta: weight of the loss that pulls codes to latents (attention) or latents to codes
-      (euclidean); None is 0.05 or 0.25.
+      (euclidean); None is the look-up's `default_beta`, 0.05 or 0.25.
     entropy_temperature: tau of the entropy loss.
     chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
   """
@@ -55,14 +54,19 @@ class QuantizerConfig:
   def __post_init__(self):
     if self.codebook_size < 1:
       raise UserError(f"quantizer.codebook_size is {self.codebook_size}; it must be at least 1")
-    if self.lookup not in _LOOKUPS:
-      raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(_LOOKUPS)}")
-    if self.norm not in _NORMS:
-      raise UserError(f"quantizer.norm is {self.norm!r}; it is one of {', '.join(_NORMS)}")
+    if self.lookup not in LOOKUPS:
+      raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(LOOKUPS)}")
+    if self.norm not in NORMS:
+      raise UserError(f"quantizer.norm is {self.norm!r}; it is one of {', '.join(NORMS)}")
     if not self.patch_sizes or min(self.patch_sizes) < 1:
       raise UserError(f"quantizer.patch_sizes is {self.patch_sizes}; give sides of at least 1")
     if self.chunk_size is not None and self.chunk_size < 1:
       raise UserError(f"quantizer.chunk_size is {self.chunk_size}; it must be at least 1")
+
+  @property
+  def lookup_class(self) -> type[Lookup]:
+    """The look-up's class; its attributes tell other parts of the program what they need."""
+    return LOOKUPS[self.lookup]
 
   @property
   def tokens(self) -> int:
@@ -102,153 +106,49 @@ class QuantizerOutput:
   level_mse: jax.Array
 
 
-class Linear(nnx.Module):
-  """y = x W + b in full float32, PyTorch's default initialisation."""
-
-  def __init__(self, cin: int, cout: int, rngs: nnx.Rngs):
-    bound = 1 / math.sqrt(cin)
-    self.kernel = nnx.Param(
-      jax.random.uniform(rngs.params(), (cin, cout), minval=-bound, maxval=bound)
-    )
-    self.bias = nnx.Param(jax.random.uniform(rngs.params(), (cout,), minval=-bound, maxval=bound))
-
-  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-    return jnp.matmul(x, self.kernel[...], precision="highest") + self.bias[...]
-
-  def kernel_and_bias(self) -> Float[Array, "_ d"]:
-    """The matrix M of y = [x, 1] M."""
-    return jnp.concatenate([self.kernel[...], self.bias[...][None]])
-
-
-class VectorNorm(nnx.Module):
-  """RMSNorm or LayerNorm over the last axis, eps 1e-5."""
-
-  def __init__(self, dim: int, kind: str):
-    self.kind = kind
-    self.scale = nnx.Param(jnp.ones(dim))
-    if kind == "layer":
-      self.bias = nnx.Param(jnp.zeros(dim))
-
-  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    x = self.centre(x)
-    x = x * self.inverse_rms(x) * self.scale[...]
-    return x + self.bias[...] if self.kind == "layer" else x
-
-  def centre(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    """Takes the mean over the last axis away if this is a LayerNorm."""
-    return x - x.mean(-1, keepdims=True) if self.kind == "layer" else x
-
-  def inverse_rms(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 1"]:
-    """What centred vectors are multiplied by."""
-    return jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-
-
-class ResidualQuantizer(nnx.Module):
+class ResidualQuantizer(Lookup):
   """Quantizes latents into token grids, coarse to fine; one codebook serves all levels.
 
-  Parameters: `codebook` [V, code_dim]; with attention look-up also the projections `to_q`,
-  `to_k`, `to_v` and the norms `norm_q`, `norm_k`.
+  The quantizer has the parameters and methods of the config's look-up: its class derives from that
+  of the look-up too.
   """
 
-  def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    c, d = config.code_dim, config.attn_dim
-    self.codebook = nnx.Param(jax.random.normal(rngs.params(), (config.codebook_size, c)))
-    if config.lookup == "attention":
-      self.to_q, self.to_k, self.to_v = Linear(c, d, rngs), Linear(c, d, rngs), Linear(c, c, rngs)
-      if config.norm != "none":
-        self.norm_q, self.norm_k = VectorNorm(d, config.norm), VectorNorm(d, config.norm)
+  def __new__(cls, config: QuantizerConfig, *, rngs: nnx.Rngs):
+    return super().__new__(_with_lookup(config.lookup))
 
-  def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n _"]:
-    """Queries of latent vectors, for `keys`."""
-    q, kernel = self.to_q(x), self.to_k.kernel_and_bias()
-    if self.config.norm != "none":
-      q = self.norm_q(q) * self.norm_k.scale[...]
-      kernel = self.norm_k.centre(kernel)
-    return jnp.matmul(q, kernel.T, precision="highest")
-
-  def keys(self) -> Float[Array, "v _"]:
-    """Keys of all codes.
-
-    A key of the paper, norm(c W + b), is [c, 1] [W; b] times a number. The product with [W; b] is
-    the queries' part here, which makes the look-up half as wide and q·k the same (a LayerNorm's
-    bias would add the same number for all codes, which no look-up sees).
-    """
-    codes = self.codebook[...]
-    keys = jnp.pad(codes, ((0, 0), (0, 1)), constant_values=1)
-    if self.config.norm == "none":
-      return keys
-    return keys * self.norm_k.inverse_rms(self.norm_k.centre(self.to_k(codes)))
-
-  def values(self) -> Float[Array, "v c"]:
-    """What each code stands for in latent space."""
-    codes = self.codebook[...]
-    return self.to_v(codes) if self.config.lookup == "attention" else codes
-
-  def _levels(self, latents, quantize, codes):
-    """Runs the residual chain; `quantize(x [N, C], *codes) -> (ids, values, codes, *losses)`."""
+  def _levels(
+    self, latents: Float[Array, "b h w c"], look_up: Callable[[Array, Any], Found]
+  ) -> Iterator[tuple[Found, Array, Array]]:
+    """Yields what `look_up` found, the quantized latents and the residual of each level."""
     b, h, w, c = latents.shape
-    residual, total = latents, jnp.zeros_like(latents)
+    residual, total, codes = latents, jnp.zeros_like(latents), self.codes()
     for size in self.config.level_sizes(h, w):
-      pooled = area_resize(residual, size).reshape(-1, c)
-      ids, values, codes, *losses = quantize(pooled, *codes)
-      values = bicubic_resize(values.reshape(b, *size, c), (h, w))
-      total, residual = total + values, residual - values
-      yield ids.reshape(b, *size), total, residual, losses
+      found = look_up(area_resize(residual, size).reshape(-1, c), codes)
+      values = bicubic_resize(found.values.reshape(b, *size, c), (h, w))
+      total, residual, codes = total + values, residual - values, found.codes
+      yield found._replace(ids=found.ids.reshape(b, *size)), total, residual
 
   def __call__(self, latents: Float[Array, "b h w c"]) -> QuantizerOutput:
     """Quantizes scaled latents and gives the losses; for training."""
-    latents = latents.astype(jnp.float32)
-    if self.config.lookup == "attention":
-      levels = self._levels(latents, self._attend, (self.keys(), self.values()))
-    else:
-      levels = self._levels(latents, self._nearest, (self.values(),))
-    ids, totals, residuals, losses = zip(*levels, strict=True)
-    vq_loss, entropy_loss = jnp.mean(jnp.array(losses), axis=0)
-    level_mse = jax.lax.stop_gradient(jnp.array([jnp.square(r).mean() for r in residuals]))
-    return QuantizerOutput(list(ids), totals[-1], vq_loss, entropy_loss, level_mse)
-
-  def _attend(self, x, keys, values):
-    found = lookup.attention_lookup(
-      self.queries(x),
-      keys,
-      values,
-      scale=self.config.attn_dim**-0.5,
-      temperature=self.config.entropy_temperature,
-      chunk_size=self.config.chunk_size,
+    levels = self._levels(latents.astype(jnp.float32), self.look_up)
+    found, totals, residuals = zip(*levels, strict=True)
+    return QuantizerOutput(
+      ids=[f.ids for f in found],
+      latents=totals[-1],
+      vq_loss=jnp.mean(jnp.array([f.vq_loss for f in found])),
+      entropy_loss=jnp.mean(jnp.array([f.entropy_loss for f in found])),
+      level_mse=jax.lax.stop_gradient(jnp.array([jnp.square(r).mean() for r in residuals])),
     )
-    sg = jax.lax.stop_gradient
-    beta = 0.05 if self.config.beta is None else self.config.beta
-    loss = (
-      jnp.square(found.z - x).mean()
-      + jnp.square(sg(found.z_hard) - x).mean()
-      + beta * jnp.square(found.z_hard - sg(x)).mean()
-    )
-    return found.ids, found.z, (found.k, found.v), loss, found.entropy_loss
-
-  def _nearest(self, x, codes):
-    sg = jax.lax.stop_gradient
-    ids = lookup.euclidean_lookup(sg(x), sg(codes), chunk_size=self.config.chunk_size)
-    chosen = codes[ids]
-    beta = 0.25 if self.config.beta is None else self.config.beta
-    loss = jnp.square(sg(x) - chosen).mean() + beta * jnp.square(x - sg(chosen)).mean()
-    return ids, x + sg(chosen - x), (codes,), loss, jnp.zeros(())
 
   def encode(self, latents: Float[Array, "b h w c"]) -> list[Int[Array, "b p q"]]:
     """Ids of scaled latents, one array per level, coarse to fine."""
-    keys = self.keys() if self.config.lookup == "attention" else None
     values = self.values()
-    chunk = self.config.chunk_size
 
-    def quantize(x, values):
-      if keys is None:
-        ids = lookup.euclidean_lookup(x, values, chunk_size=chunk)
-      else:
-        ids = lookup.attention_ids(self.queries(x), keys, chunk_size=chunk)
-      return ids, values[ids], (values,)
+    def look_up(x, codes):
+      ids = self.ids(x, codes)
+      return Found(ids, values[ids], codes)
 
-    latents = latents.astype(jnp.float32)
-    return [ids for ids, *_ in self._levels(latents, quantize, (values,))]
+    return [found.ids for found, *_ in self._levels(latents.astype(jnp.float32), look_up)]
 
   def decode(
     self, ids: list[Int[Array, "b _ _"]], size: tuple[int, int] | None = None
@@ -276,3 +176,11 @@ class ResidualQuantizer(nnx.Module):
       )
     values = self.values()
     return sum(bicubic_resize(values[i], size) for i in ids)
+
+
+@functools.cache
+def _with_lookup(name: str) -> type[ResidualQuantizer]:
+  """The class of the residual quantizer with this look-up."""
+  lookup = LOOKUPS[name]
+  members = {"__module__": __name__, "__doc__": ResidualQuantizer.__doc__}
+  return type(f"Residual{lookup.__name__}", (ResidualQuantizer, lookup), members)

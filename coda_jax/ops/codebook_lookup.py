@@ -5,23 +5,23 @@ With s = q kᵀ / √D, p = softmax(s), P = softmax(s/τ), N tokens and p̄ = me
   ids  = argmax s (first of equals)              z = v[ids], its gradient to s through Σ_j p_j v_j
   L_e  = mean_n H_n − H̄,   H_n = −Σ_j P_nj log P_nj,   H̄ = −Σ_j p̄_j log(p̄_j + ε),  ε = 1e-5
 
-Tokens are taken a chunk at a time against the whole codebook, so that each logit is computed once
-forward and once backward (on CPUs twice) and only chunk x codes of them exist. Forward keeps per
-token the largest logit m, log Σ exp((s−m)/τ) and H_n, and sums p̄. Backward recomputes s and, with g
-the cotangent of z and ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩, a_j = log(p̄_j+ε) + p̄_j/(p̄_j+ε),
-E_n = Σ_j P_nj a_j:
+Chunks of tokens are scanned, each against the whole codebook. Every logit is computed once forward
+and once backward (on CPUs twice), and only chunk x codes logits exist. The forward pass saves for
+each token the largest logit m, log Σ exp((s−m)/τ) and H_n, and for each code p̄. The backward pass
+recomputes s. With g the cotangent of z, ge that of L_e, c_n = ⟨g_n, Σ_j p_nj v_j⟩,
+a_j = log(p̄_j+ε) + p̄_j/(p̄_j+ε) and E_n = Σ_j P_nj a_j:
 
   ds = p∘(g vᵀ − c) + ge/(Nτ)·P∘[(a − E) − (log P + H)],   dq = ds k/√D,  dk = dsᵀ q/√D,
   dv[ids] += g + g_hard.
 
-On CPUs the backward pass cuts the codes into tiles too, so that everything between its products
-stays in the cache; a first round over the tiles takes the row sums that ds needs.
+Three things depend on the platform, and are chosen when a program is lowered:
+- CPUs take shorter chunks, which stay in the cache. Their backward pass scans tiles of codes too,
+  since products with few rows are slow; a first scan takes the row sums c and E.
+- CPUs find the maximum of a row by blocks (`_first_max`).
+- TPUs multiply with one-hot rows for `v[ids]` and `dv[ids] +=`, which is exact. Gather and scatter
+  would want codes along the first axis, where a TPU pads 16 channels to 128.
 
-On TPUs `v[ids]` and `dv[ids] +=` are products with chunks of one-hot rows, which are exact: gather
-and scatter would need the codes along the first axis, padded to eight times their size.
-
-Under `jit` tokens may be sharded over any mesh axes: chunks are cut within each device's share (the
-mesh is the one set with `jax.set_mesh` or that of the arguments), means are over all tokens.
+Tokens may be sharded over any mesh axes (see `Chunks`); means are over all tokens.
 """
 
 import functools
@@ -32,14 +32,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coda_jax.ops.platform import platform
+from coda_jax.ops.chunks import Chunks
 
 _EPS = 1e-5
-# Logits alive at a time on each device, if no chunk size is given.
+# Logits of a chunk on each device, if no chunk size is given.
 _ELEMENTS = 2**22
-# CPUs: chunks stay in the cache; the backward pass cuts the codes too, its thin products want rows.
 _CPU_ELEMENTS = 2**19
-_CPU_TILE = 2**12
+_CPU_TILE = 2**12  # codes
 _CPU_TILE_ELEMENTS = 2**21
 _BLOCK = 512  # codes whose maximum is taken together
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -48,8 +47,8 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 class Lookup(NamedTuple):
   """Result of `attention_lookup`: codes, their values and the entropy loss L_e (scalar, nats).
 
-  `k` and `v` are the arguments: a further look-up that takes these instead adds its gradients to
-  the same arrays, where those of many look-ups would otherwise be held and summed at the end.
+  `k` and `v` are the arguments. A further look-up that takes these adds its gradients to the same
+  arrays; otherwise the gradients of every look-up are held and summed at the end.
   """
 
   ids: Int[Array, "n"]
@@ -60,74 +59,11 @@ class Lookup(NamedTuple):
   v: Float[Array, "v c"]
 
 
-class _Chunks:
-  """How N tokens are cut into chunks that every device holds an equal part of."""
-
-  def __init__(self, q: jax.Array, codes: int, size: int | None, elements: int | None = None):
-    mesh = jax.typeof(q).sharding.mesh
-    elements = elements or (_CPU_ELEMENTS if platform() == "cpu" else _ELEMENTS)
-    self.n = q.shape[0]
-    self.shards = math.gcd(self.n, math.prod(mesh.shape.values()))
-    local = self.n // self.shards
-    size = max(1, min(local, size or elements // codes))
-    self.count = -(-local // size)
-    self.size = -(-local // self.count)  # as even as can be
-
-  def split(self, x: jax.Array) -> jax.Array:
-    """[n, ...] to [count, shards * size, ...], zeros where a device's share ran out."""
-    x = x.reshape(self.shards, -1, *x.shape[1:])
-    pad = self.count * self.size - x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(self.shards, self.count, self.size, *x.shape[2:]).swapaxes(0, 1)
-    return x.reshape(self.count, -1, *x.shape[3:])
-
-  def join(self, x: jax.Array) -> jax.Array:
-    """Inverse of `split`."""
-    x = x.reshape(self.count, self.shards, self.size, *x.shape[2:]).swapaxes(0, 1)
-    x = x.reshape(self.shards, -1, *x.shape[3:])[:, : self.n // self.shards]
-    return x.reshape(self.n, *x.shape[2:])
-
-  def map(self, f, *xs: jax.Array) -> jax.Array:
-    """`f` over the chunks of `xs`, joined."""
-    ys = jax.lax.map(lambda x: f(*x), tuple(map(self.split, xs)))
-    return jax.tree.map(self.join, ys)
-
-
-def _row_dot(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Σ_j x_nj y_nj; CPUs are faster at products with one vector than at one of each row."""
-  if platform() == "cpu":
-    return _dot(x * y, jnp.ones(x.shape[1]))
-  return jnp.einsum("nv,nv->n", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _float32(*xs):
-  return tuple(x.astype(jnp.float32) for x in xs)
-
-
-def _first_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Largest element of every row and its index, the first of equals (int32).
-
-  On CPUs `jnp.argmax` over long rows is no vector loop and takes ten times as long as an
-  exponential; maxima of blocks are, and leave one block of each row to search.
-  """
-  if platform() != "cpu":
-    return jnp.max(x, 1), jnp.argmax(x, 1).astype(jnp.int32)
-  n, v = x.shape
-  width = min(v, _BLOCK)
-  blocks = jnp.pad(x, ((0, 0), (0, -v % width)), constant_values=-jnp.inf).reshape(n, -1, width)
-  maxima = jnp.max(blocks, 2)
-  block = jnp.argmax(maxima, 1)
-  within = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], 1)
-  return jnp.max(maxima, 1), (block * width + within).astype(jnp.int32)
-
-
 def attention_ids(
   q: Float[Array, "n d"], k: Float[Array, "v d"], *, chunk_size: int | None = None
 ) -> Int[Array, "n"]:
   """Ids [n] int32 of the codes with the largest q kᵀ; `chunk_size` tokens at a time."""
-  q, k = _float32(q, k)
-  chunks = _Chunks(q, len(k), chunk_size)
-  return chunks.map(lambda q: _first_max(_dot(q, k.T))[1], q)
+  return _largest(*_float32(q, k), None, chunk_size)
 
 
 def euclidean_lookup(
@@ -136,12 +72,7 @@ def euclidean_lookup(
   """Ids [n] int32 of the nearest codes, without gradient; `chunk_size` tokens at a time."""
   x, codebook = _float32(*map(jax.lax.stop_gradient, (x, codebook)))
   half_norms = 0.5 * jnp.sum(codebook**2, 1)  # argmin |x − c|² = argmax ⟨x, c⟩ − |c|²/2
-  chunks = _Chunks(x, len(codebook), chunk_size)
-
-  def nearest(x):
-    return _first_max(_dot(x, codebook.T) - half_norms)[1]
-
-  return chunks.map(nearest, x)
+  return _largest(x, codebook, -half_norms, chunk_size)
 
 
 def attention_lookup(
@@ -165,133 +96,207 @@ def attention_lookup(
   """
   q, k, v = _float32(q, k, v)
   scale = q.shape[1] ** -0.5 if scale is None else scale
-  tile = _tile(q, len(k))
-  elements = _CPU_TILE_ELEMENTS if tile < len(k) else _ELEMENTS
-  chunks = _Chunks(q, len(k), chunk_size), _Chunks(q, tile, chunk_size, elements)
-  # Codes lie along the last axis: the other way round a TPU would pad 16 or 32 to 128.
-  *found, k, v = _lookup(chunks, temperature, q * scale, k.T, v.T)
+  # Codes lie along the last axis: along the first a TPU would pad 16 or 32 channels to 128.
+  *found, k, v = _lookup(chunk_size, temperature, q * scale, k.T, v.T)
   return Lookup(*found, k.T, v.T)
 
 
-def _tile(q: jax.Array, codes: int) -> int:
-  """How many codes the backward pass takes at a time: a divisor of their number."""
-  tile = math.gcd(codes, _CPU_TILE)
-  one_device = math.prod(jax.typeof(q).sharding.mesh.shape.values()) == 1
-  large = len(q) * codes > _CPU_ELEMENTS and 8 * tile >= _CPU_TILE
-  return tile if platform() == "cpu" and one_device and large else codes
+def _float32(*xs):
+  return tuple(x.astype(jnp.float32) for x in xs)
+
+
+def _cpu_or_not(function, *args):
+  """`function(cpu, *args)`, where `cpu` tells whether the program is lowered for CPUs."""
+  cpu, default = (functools.partial(function, cpu) for cpu in (True, False))
+  return jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+
+
+def _chunks(cpu: bool, x: jax.Array, codes: int, size: int | None) -> Chunks:
+  return Chunks(x, size or (_CPU_ELEMENTS if cpu else _ELEMENTS) // codes)
+
+
+def _first_max(cpu: bool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Largest element of every row and its index, the first of equals (int32).
+
+  XLA's CPU compiler vectorises no argmax. It vectorises maxima of blocks, after which one block of
+  each row is left to search: the whole forward pass takes half the time.
+  """
+  if not cpu:
+    return jnp.max(x, 1), jnp.argmax(x, 1).astype(jnp.int32)
+  n, v = x.shape
+  width = min(v, _BLOCK)
+  blocks = jnp.pad(x, ((0, 0), (0, -v % width)), constant_values=-jnp.inf).reshape(n, -1, width)
+  maxima = jnp.max(blocks, 2)
+  block = jnp.argmax(maxima, 1)
+  within = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], 1)
+  return jnp.max(maxima, 1), (block * width + within).astype(jnp.int32)
+
+
+def _largest(q: jax.Array, k: jax.Array, offset: jax.Array | None, size: int | None) -> jax.Array:
+  """argmax of q kᵀ + offset, `size` tokens at a time."""
+
+  def search(cpu, q, k, offset):
+    def chunk(q):
+      s = _dot(q, k.T)
+      return _first_max(cpu, s if offset is None else s + offset)[1]
+
+    return _chunks(cpu, q, len(k), size).map(chunk, q)
+
+  return _cpu_or_not(search, q, k, offset)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(size, tau, q, k, v):
+  return _lookup_fwd(size, tau, q, k, v)[0]
+
+
+def _lookup_fwd(size, tau, q, k, v):
+  stats, p_mean = _cpu_or_not(functools.partial(_sums, size, tau), q, k)
+  ids, *_, entropy = stats
+  z = _rows(v, ids, size)
+  entropy_loss = jnp.mean(entropy) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
+  return (ids, z, z, entropy_loss, k, v), (q, k, v, *stats, p_mean)
+
+
+def _sums(size, tau, cpu, q, k):
+  """((ids, m, log Σ exp((s−m)/τ), H) of every token, p̄ of every code)."""
+  chunks = _chunks(cpu, q, k.shape[1], size)
+
+  def chunk(p_mean, x):
+    q, weight = x
+    s = _dot(q, k)
+    m, ids = _first_max(cpu, s)
+    x = (s - m[:, None]) * (1 / tau)
+    w = jnp.exp(x)
+    total = _dot(w, jnp.ones(k.shape[1]))
+    log_total = jnp.log(total)
+    entropy = log_total - jnp.sum(w * x, 1) / total
+    return p_mean + _dot(weight / total, w), (ids, m, log_total, entropy)
+
+  weight = jnp.full(len(q), 1 / len(q))  # 0 for the padding of a chunk
+  xs = chunks.split(q), chunks.split(weight)
+  p_mean, stats = jax.lax.scan(chunk, jnp.zeros(k.shape[1]), xs)
+  return tuple(map(chunks.join, stats)), p_mean
 
 
 def _one_hot(ids: jax.Array, codes: int) -> jax.Array:
   return (ids[:, None] == jnp.arange(codes)).astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lookup(chunks, tau, q, k, v):
-  return _lookup_fwd(chunks, tau, q, k, v)[0]
+def _rows(v: jax.Array, ids: jax.Array, size: int | None) -> jax.Array:
+  """Values [n, c] of codes; v is [c, codes]."""
+
+  def products(v, ids):
+    codes = v.shape[1]
+    return _chunks(False, ids, codes, size).map(lambda ids: _dot(_one_hot(ids, codes), v.T), ids)
+
+  return jax.lax.platform_dependent(v, ids, tpu=products, default=lambda v, ids: v[:, ids].T)
 
 
-def _lookup_fwd(chunks, tau, q, k, v):
-  chunks, _ = chunks
-  codes = k.shape[1]
-  ones = jnp.ones(codes)
+def _add_rows(dv: jax.Array, ids: jax.Array, g: jax.Array, size: int | None) -> jax.Array:
+  """dv [c, codes] with g [n, c] added at the ids."""
 
-  def chunk(p_mean, x):
-    q, weight = x
-    s = _dot(q, k)
-    m, ids = _first_max(s)
-    x = (s - m[:, None]) * (1 / tau)
-    w = jnp.exp(x)
-    total = _dot(w, ones)
-    log_total = jnp.log(total)
-    entropy = log_total - _row_dot(w, x) / total
-    p_mean += _dot(weight / total, w)
-    z = _dot(_one_hot(ids, codes), v.T) if platform() == "tpu" else ()
-    return p_mean, ((ids, m, log_total, entropy), z)
+  def products(dv, ids, g):
+    chunks = _chunks(False, ids, dv.shape[1], size)
+    add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)
+    return jax.lax.scan(add, dv, (chunks.split(ids), chunks.split(g)))[0]
 
-  weight = jnp.full((chunks.n,), 1 / chunks.n)  # 0 for the padding of a chunk
-  xs = chunks.split(q), chunks.split(weight)
-  p_mean, found = jax.lax.scan(chunk, jnp.zeros(codes), xs)
-  stats, z = jax.tree.map(chunks.join, found)
-  entropy_loss = jnp.mean(stats[-1]) + jnp.sum(p_mean * jnp.log(p_mean + _EPS))
-  ids = stats[0]
-  z = z if platform() == "tpu" else v[:, ids].T
-  return (ids, z, z, entropy_loss, k, v), (q, k, v, *stats, p_mean)
+  def scatter(dv, ids, g):
+    return dv.at[:, ids].add(g.T)
+
+  return jax.lax.platform_dependent(dv, ids, g, tpu=products, default=scatter)
 
 
-def _lookup_bwd(chunks, tau, residuals, cotangents):
-  _, chunks = chunks
+def _lookup_bwd(size, tau, residuals, cotangents):
   q, k, v, ids, m, log_total, entropy, p_mean = residuals
   _, g, g_hard, ge, dk, dv = cotangents
   a = jnp.log(p_mean + _EPS) + p_mean / (p_mean + _EPS)
-  ge = jnp.full((chunks.n,), ge / (chunks.n * tau))
-  columns = (x[:, None] for x in (m, log_total, entropy, ge))
-  tokens = tuple(map(chunks.split, (q, g, *columns)))
-  tile = _tile(q, k.shape[1])
+  ge = jnp.full(len(q), ge / (len(q) * tau))
+  tokens = q, g, *(x[:, None] for x in (m, log_total, entropy, ge))
+  gradients = functools.partial(_gradients, size, tau)
+  dk, dq = _cpu_or_not(gradients, tokens, (k, v, a[None]), dk)
+  return dq, dk, _add_rows(dv, ids, g + g_hard, size)
 
-  def exponentials(q, m, log_total, k):
-    x = _dot(q, k) - m
-    log_p = x * (1 / tau) - log_total  # no division: it takes CPUs as long as an exponential
-    return jnp.exp(x), jnp.exp(log_p), log_p
 
-  def row_sums(sums, codes):
-    """Adds a tile's [Σ e v, Σ e] and Σ P a of every token."""
-    k, v, a = codes
-    v_and_one = jnp.concatenate([v, jnp.ones_like(a)]).T
-
-    def chunk(x):
-      q, _, m, log_total, *_ = x
-      e, p, _ = exponentials(q, m, log_total, k)
-      return _dot(e, v_and_one), _dot(p, a.T)
-
-    return jax.tree.map(jnp.add, sums, jax.lax.map(chunk, tokens))
-
-  def gradients(codes, dk, sums):
-    """(dk, dq) of a tile; without `sums` it is all codes, and they are taken on the way."""
-    k, v, a = codes
-
-    def chunk(dk, x):
-      (q, g, m, log_total, entropy, ge), sums = x
-      e, p, log_p = exponentials(q, m, log_total, k)
-      gv = _dot(g, v)
-      if sums is None:
-        total, mean_a = _dot(e, jnp.ones_like(a).T), _dot(p, a.T)
-        c = _row_dot(e, gv)[:, None] / total
-      else:
-        soft, mean_a = sums
-        total = soft[:, -1:]
-        c = _row_dot(g, soft[:, :-1])[:, None] / total
-      ds = e * ((gv - c) * (1 / total)) + ge * p * ((a - mean_a) - (log_p + entropy))
-      return dk + _dot(q.T, ds), _dot(ds, k.T)
-
-    return jax.lax.scan(chunk, dk, (tokens, sums))
-
+def _gradients(size, tau, cpu, tokens, codes, dk):
+  """(dk with ds's part added, dq)."""
+  q, k = tokens[0], codes[0]
+  tile = _tile(q, k.shape[1]) if cpu else k.shape[1]
+  chunks = Chunks(q, size or (_CPU_TILE_ELEMENTS if cpu else _ELEMENTS) // tile)
+  tokens = tuple(map(chunks.split, tokens))
+  add = functools.partial(_add_gradients, tau, tokens)
   if tile == k.shape[1]:
-    dk, dq = gradients((k, v, a[None]), dk, None)
-  else:
+    dk, dq = add(codes, dk, None)
+    return dk, chunks.join(dq)
 
-    def take(x, i):
-      return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, 1)
+  def take(x, i):
+    return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, 1)
 
-    def codes(i):
-      return take(k, i), take(v, i), take(a[None], i)
+  def add_sums(i, sums):
+    more = _row_sums(tau, tokens, [take(x, i) for x in codes])
+    return jax.tree.map(jnp.add, sums, more)
 
-    rows = tokens[0].shape[:2]
-    zeros = jnp.zeros((*rows, len(v) + 1)), jnp.zeros((*rows, 1))
-    count = k.shape[1] // tile
-    sums = jax.lax.fori_loop(0, count, lambda i, x: row_sums(x, codes(i)), zeros)
+  def add_tile(i, x):
+    dk, dq = x
+    new, more = add([take(x, i) for x in codes], take(dk, i), sums)
+    return jax.lax.dynamic_update_slice_in_dim(dk, new, i * tile, 1), dq + more
 
-    def add(i, x):
-      dk, dq = x
-      new, more = gradients(codes(i), take(dk, i), sums)
-      return jax.lax.dynamic_update_slice_in_dim(dk, new, i * tile, 1), dq + more
+  rows = tokens[0].shape[:2]
+  zeros = jnp.zeros((*rows, len(codes[1]) + 1)), jnp.zeros((*rows, 1))
+  sums = jax.lax.fori_loop(0, k.shape[1] // tile, add_sums, zeros)
+  start = dk, jnp.zeros(tokens[0].shape)
+  dk, dq = jax.lax.fori_loop(0, k.shape[1] // tile, add_tile, start)
+  return dk, chunks.join(dq)
 
-    dk, dq = jax.lax.fori_loop(0, count, add, (dk, jnp.zeros(tokens[0].shape)))
-  if platform() == "tpu":
-    add = lambda dv, x: (dv + _dot(x[1].T, _one_hot(x[0], dv.shape[1])), None)
-    dv, _ = jax.lax.scan(add, dv, (chunks.split(ids), chunks.split(g + g_hard)))
-  else:
-    dv = dv.at[:, ids].add((g + g_hard).T)
-  return chunks.join(dq), dk, dv
+
+def _tile(q: jax.Array, codes: int) -> int:
+  """Codes that a CPU's backward pass takes at a time: a divisor of their number."""
+  tile = math.gcd(codes, _CPU_TILE)
+  # Over several devices the loop would run over codes that are sharded.
+  several = math.prod(jax.typeof(q).sharding.mesh.shape.values()) > 1
+  small = len(q) * codes <= _CPU_ELEMENTS or 8 * tile < _CPU_TILE
+  return codes if several or small else tile
+
+
+def _exponentials(tau, q, m, log_total, k):
+  """exp(s − m), P and log P of a chunk."""
+  x = _dot(q, k) - m
+  log_p = x * (1 / tau) - log_total  # no division: it takes CPUs as long as an exponential
+  return jnp.exp(x), jnp.exp(log_p), log_p
+
+
+def _row_sums(tau, tokens, codes):
+  """Σ_j e_j [v_j, 1] and Σ_j P_j a_j of every token over some codes, with e = exp(s − m)."""
+  k, v, a = codes
+  v_and_one = jnp.concatenate([v, jnp.ones_like(a)]).T
+
+  def chunk(x):
+    q, _, m, log_total, *_ = x
+    e, p, _ = _exponentials(tau, q, m, log_total, k)
+    return _dot(e, v_and_one), _dot(p, a.T)
+
+  return jax.lax.map(chunk, tokens)
+
+
+def _add_gradients(tau, tokens, codes, dk, sums):
+  """(dk with ds's part added, dq) of some codes; of all codes if `sums` of the rows is None."""
+  k, v, a = codes
+
+  def chunk(dk, x):
+    (q, g, m, log_total, entropy, ge), sums = x
+    e, p, log_p = _exponentials(tau, q, m, log_total, k)
+    gv = _dot(g, v)
+    if sums is None:
+      total, mean_a = _dot(e, jnp.ones_like(a).T), _dot(p, a.T)
+      c = jnp.sum(e * gv, 1, keepdims=True) / total
+    else:
+      soft, mean_a = sums
+      total = soft[:, -1:]
+      c = jnp.sum(g * soft[:, :-1], 1, keepdims=True) / total
+    ds = e * ((gv - c) * (1 / total)) + ge * p * ((a - mean_a) - (log_p + entropy))
+    return dk + _dot(q.T, ds), _dot(ds, k.T)
+
+  return jax.lax.scan(chunk, dk, (tokens, sums))
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

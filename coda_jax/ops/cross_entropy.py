@@ -6,8 +6,8 @@ With logits s = h tableᵀ + bias of one token, its label y, smoothing ε and V 
   ds_j = g (softmax(s)_j − (1 − ε)·[j = y] − ε/V),
   dh = ds table,  dtable = Σ_n ds_n hᵀ_n,  dbias = Σ_n ds_n
 
-A chunk of tokens is taken at a time against the whole vocabulary: each logit is computed once
-forward and once backward, and only chunk x codes of them exist. The mean logit needs none of them:
+Chunks of tokens are scanned, each against the whole vocabulary. Every logit is computed once
+forward and once backward, and only chunk x codes logits exist. The mean logit needs none of them:
 it is h times the mean row of the table. Logits, their sums and the table's gradient are float32,
 whatever the inputs are; products of bfloat16 inputs are exact.
 
@@ -22,13 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coda_jax.ops.codebook_lookup import _Chunks as Chunks
-from coda_jax.ops.platform import platform
+from coda_jax.ops.chunks import Chunks
 
-# Logits of a chunk on each device. Every chunk reads the table and adds to its gradient, so that
-# accelerators, where memory is slow beside products, want long ones.
+# Logits of a chunk on each device. Every chunk reads the table and adds to its gradient, which
+# costs more than the logits where chunks are short.
 _ELEMENTS = 2**25
-_CPU_ELEMENTS = 2**22
 
 
 class CrossEntropy(NamedTuple):
@@ -59,8 +57,7 @@ def cross_entropy(
   """
   table = table.astype(hidden.dtype)
   bias = bias.astype(jnp.float32)
-  elements = _CPU_ELEMENTS if platform() == "cpu" else _ELEMENTS
-  chunks = Chunks(hidden, len(table), chunk_size or max(1, elements // len(table)))
+  chunks = Chunks(hidden, chunk_size or _ELEMENTS // len(table))
   loss, correct = _streamed(chunks, label_smoothing, hidden, table, bias, labels)
   if label_smoothing:
     mean_row = table.astype(jnp.float32).mean(0)

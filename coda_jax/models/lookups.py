@@ -1,0 +1,203 @@
+"""Look-ups: a codebook, and how vectors find their codes in it.
+
+A further look-up is a class that derives from `Lookup` and a line in `LOOKUPS`.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from coda_jax.ops import codebook_lookup
+
+if TYPE_CHECKING:
+  from coda_jax.models.quantizer import QuantizerConfig
+
+
+class Found(NamedTuple):
+  """Codes of n vectors.
+
+  `codes` is what the look-up was given. A further look-up that takes these codes instead adds its
+  gradients to the same arrays; otherwise the gradients of every level are held and summed at the
+  end.
+  """
+
+  ids: Int[Array, "n"]
+  values: Float[Array, "n c"]  # in training with straight-through gradients
+  codes: Any
+  vq_loss: Float[Array, ""] | float = 0.0
+  entropy_loss: Float[Array, ""] | float = 0.0
+
+
+class Lookup(nnx.Module):
+  """Base of the look-ups.
+
+  Parameter: `codebook` [V, code_dim].
+
+  Attributes:
+    in_official_code: whether the official PyTorch code has this look-up.
+    codes_start_as_latents: whether codes of a new quantizer are latents of the first batch.
+    default_beta: what `QuantizerConfig.beta` is if it is None.
+  """
+
+  in_official_code = False
+  codes_start_as_latents = False
+  default_beta: float
+
+  def __init__(self, config: "QuantizerConfig", *, rngs: nnx.Rngs):
+    self.config = config
+    shape = config.codebook_size, config.code_dim
+    self.codebook = nnx.Param(jax.random.normal(rngs.params(), shape))
+
+  @property
+  def beta(self) -> float:
+    """The commitment weight: the config's, or the look-up's own."""
+    return self.default_beta if self.config.beta is None else self.config.beta
+
+  def values(self) -> Float[Array, "v c"]:
+    """The code values, in latent space."""
+    raise NotImplementedError
+
+  def codes(self) -> Any:
+    """Arrays of the codes that `ids` and `look_up` take; computed once for all levels."""
+    raise NotImplementedError
+
+  def ids(self, x: Float[Array, "n c"], codes: Any) -> Int[Array, "n"]:
+    """Ids of vectors."""
+    raise NotImplementedError
+
+  def look_up(self, x: Float[Array, "n c"], codes: Any) -> Found:
+    """Ids, straight-through values and losses of vectors, for training."""
+    raise NotImplementedError
+
+
+class EuclideanLookup(Lookup):
+  """The nearest code (plain VQ; van den Oord et al. 2017).
+
+  The value is x + sg(c − x). The codes learn from the loss alone:
+  mean((sg x − c)²) + beta·mean((x − sg c)²).
+  """
+
+  codes_start_as_latents = True
+  default_beta = 0.25
+
+  def values(self) -> Float[Array, "v c"]:
+    return self.codebook[...]
+
+  def codes(self) -> Float[Array, "v c"]:
+    return self.codebook[...]
+
+  def ids(self, x: Float[Array, "n c"], codes: Float[Array, "v c"]) -> Int[Array, "n"]:
+    return codebook_lookup.euclidean_lookup(x, codes, chunk_size=self.config.chunk_size)
+
+  def look_up(self, x: Float[Array, "n c"], codes: Float[Array, "v c"]) -> Found:
+    sg = jax.lax.stop_gradient
+    ids = self.ids(x, codes)
+    chosen = codes[ids]
+    loss = jnp.square(sg(x) - chosen).mean() + self.beta * jnp.square(x - sg(chosen)).mean()
+    return Found(ids, x + sg(chosen - x), codes, loss)
+
+
+class ProjectedCodes(NamedTuple):
+  """Codes of the attention look-up."""
+
+  keys: Float[Array, "v _"]
+  values: Float[Array, "v c"]
+
+
+# Norms of queries and keys. Flax's fast variance, E[x²] − E[x]², would lose digits.
+NORMS = {
+  "rms": nnx.RMSNorm,
+  "layer": functools.partial(nnx.LayerNorm, use_fast_variance=False),
+  "none": None,
+}
+
+
+def _linear(cin: int, cout: int, rngs: nnx.Rngs) -> nnx.Linear:
+  """y = x W + b in full float32, PyTorch's default initialisation."""
+  bound = 1 / math.sqrt(cin)
+
+  def init(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+  return nnx.Linear(cin, cout, precision="highest", kernel_init=init, bias_init=init, rngs=rngs)
+
+
+class AttentionLookup(Lookup):
+  """The code with the largest attention weight (CODA, Eq. 6 to 8).
+
+  Parameters besides the codebook: the projections `to_q`, `to_k`, `to_v`, and the norms `norm_q`,
+  `norm_k` unless the config has none.
+  """
+
+  in_official_code = True
+  default_beta = 0.05
+
+  def __init__(self, config: "QuantizerConfig", *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    c, d = config.code_dim, config.attn_dim
+    self.to_q, self.to_k = _linear(c, d, rngs), _linear(c, d, rngs)
+    self.to_v = _linear(c, c, rngs)
+    if norm := NORMS[config.norm]:
+      self.norm_q, self.norm_k = (norm(d, epsilon=1e-5, rngs=rngs) for _ in range(2))
+
+  def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n _"]:
+    """Queries of vectors, for `keys`."""
+    q = self.to_q(x)
+    kernel = jnp.concatenate([self.to_k.kernel[...], self.to_k.bias[...][None]])
+    if self.config.norm != "none":
+      q = self.norm_q(q) * self.norm_k.scale[...]
+      kernel = self._centred(kernel)
+    return jnp.matmul(q, kernel.T, precision="highest")
+
+  def keys(self) -> Float[Array, "v _"]:
+    """Keys of all codes.
+
+    A key of the paper, norm(c W + b), is [c, 1] [W; b] times a number. Here the queries take the
+    product with [W; b]: q·k is the same, and the look-up half as wide. A LayerNorm's bias would add
+    one number to the logits of all codes, which changes no look-up.
+    """
+    codes = self.codebook[...]
+    keys = jnp.pad(codes, ((0, 0), (0, 1)), constant_values=1)
+    if self.config.norm == "none":
+      return keys
+    squares = jnp.square(self._centred(self.to_k(codes)))
+    return keys * jax.lax.rsqrt(squares.mean(-1, keepdims=True) + 1e-5)
+
+  def _centred(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x, or for a LayerNorm x minus its mean over the last axis."""
+    return x - x.mean(-1, keepdims=True) if self.config.norm == "layer" else x
+
+  def values(self) -> Float[Array, "v c"]:
+    return self.to_v(self.codebook[...])
+
+  def codes(self) -> ProjectedCodes:
+    return ProjectedCodes(self.keys(), self.values())
+
+  def ids(self, x: Float[Array, "n c"], codes: ProjectedCodes) -> Int[Array, "n"]:
+    chunk_size = self.config.chunk_size
+    return codebook_lookup.attention_ids(self.queries(x), codes.keys, chunk_size=chunk_size)
+
+  def look_up(self, x: Float[Array, "n c"], codes: ProjectedCodes) -> Found:
+    found = codebook_lookup.attention_lookup(
+      self.queries(x),
+      codes.keys,
+      codes.values,
+      scale=self.config.attn_dim**-0.5,
+      temperature=self.config.entropy_temperature,
+      chunk_size=self.config.chunk_size,
+    )
+    sg = jax.lax.stop_gradient
+    loss = (
+      jnp.square(found.z - x).mean()
+      + jnp.square(sg(found.z_hard) - x).mean()
+      + self.beta * jnp.square(found.z_hard - sg(x)).mean()
+    )
+    return Found(found.ids, found.z, ProjectedCodes(found.k, found.v), loss, found.entropy_loss)
+
+
+LOOKUPS: dict[str, type[Lookup]] = {"attention": AttentionLookup, "euclidean": EuclideanLookup}
