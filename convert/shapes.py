@@ -108,7 +108,6 @@ def quantizer_config(shapes: Shapes, patch_sizes: tuple[int, ...]) -> QuantizerC
     codebook_size=_vote([shapes[k][0] for k in _keys(shapes, "codebook")], "the codebook's size"),
     patch_sizes=tuple(patch_sizes),
     code_dim=_vote(_last(shapes, r"codebook|to_v\.\w+"), "the codes' width"),
-    lookup="attention",
     attn_dim=_vote(_last(shapes, r"to_[qk]\.\w+|norm_[qk]\.\w+"), "the queries' width"),
     norm=norm,
   )

@@ -21,6 +21,7 @@ from coda_jax.evaluation.evaluator import evaluate
 from coda_jax.evaluation.reconstruction import BatchResult, reconstruct_batch
 from coda_jax.models.dino import DINO
 from coda_jax.models.discriminators import DinoDiscriminator, Discriminator, PatchDiscriminator
+from coda_jax.models.lookups import LOOKUPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.training.accumulate import over_micro_batches
 from coda_jax.training.optimizers import averaged, descend, ema_decay, make_optimizer
@@ -216,10 +217,11 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     )
 
   def initial_state(self) -> TrainState:
-    """Fresh adapters and quantizer; with Euclidean look-up the codes are latents of a batch."""
+    """Fresh adapters and quantizer; look-ups that ask for it start with latents of a batch."""
     state = super().initial_state()
     codes = "quantizer.codebook"
-    if self.tokenizer_config.quantizer.lookup == "euclidean" and codes in state.params:
+    lookup = LOOKUPS[self.tokenizer_config.quantizer.lookup]
+    if lookup.codes_start_as_latents and codes in state.params:
       batches = self.batches(0)
       places = self._state_shardings.params[codes], self._state_shardings.ema[codes]
       draw = jax.jit(self._draw_codes, out_shardings=places)
