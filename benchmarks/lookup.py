@@ -25,12 +25,19 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.harness import FORMS, best_of_forms, compile_for_chip, has_libtpu, peak
-from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
+from coda_jax.models.quantizer import (
+  FLUX_PATCH_SIZES,
+  MAR_PATCH_SIZES,
+  QuantizerConfig,
+  ResidualQuantizer,
+)
 from coda_jax.ops import codebook_lookup
 
-MAR = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-FLUX = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-CASES = {"mar_16384": (MAR, 16384), "flux_65536": (FLUX, 65536), "flux_262144": (FLUX, 262144)}
+CASES = {
+  "mar_16384": (MAR_PATCH_SIZES, 16384),
+  "flux_65536": (FLUX_PATCH_SIZES, 65536),
+  "flux_262144": (FLUX_PATCH_SIZES, 262144),
+}
 
 
 def materialised(

@@ -148,7 +148,8 @@ class AttentionLookup(Lookup):
   def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n _"]:
     """Queries of vectors, for `keys`."""
     q = self.to_q(x)
-    kernel = jnp.concatenate([self.to_k.kernel[...], self.to_k.bias[...][None]])
+    bias = self.to_k(jnp.zeros((1, self.config.code_dim)))  # the projection of 0
+    kernel = jnp.concatenate([self.to_k.kernel[...], bias])
     if self.config.norm != "none":
       q = self.norm_q(q) * self.norm_k.scale[...]
       kernel = self._centred(kernel)

@@ -113,8 +113,8 @@ class ResidualQuantizer(Lookup):
   of the look-up too.
   """
 
-  def __new__(cls, config: QuantizerConfig, *, rngs: nnx.Rngs):
-    return super().__new__(_with_lookup(config.lookup))
+  def __new__(cls, config: QuantizerConfig, *, rngs: nnx.Rngs) -> "ResidualQuantizer":
+    return object.__new__(_with_lookup(config.lookup))
 
   def _levels(
     self, latents: Float[Array, "b h w c"], look_up: Callable[[Array, Any], Found]
@@ -166,7 +166,8 @@ class ResidualQuantizer(Lookup):
     if not 1 <= len(ids) <= levels:
       raise UserError(f"{len(ids)} levels of ids given; the tokenizer has {levels}")
     if size is None:
-      size = tuple(ids[-1].shape[1:]) if len(ids) == levels else (last, last)
+      h, w = ids[-1].shape[1:] if len(ids) == levels else (last, last)
+      size = h, w
     expected = self.config.level_sizes(*size)
     shapes = [tuple(i.shape[1:]) for i in ids]
     if shapes != expected[: len(ids)]:
@@ -175,7 +176,7 @@ class ResidualQuantizer(Lookup):
         f"{expected[: len(ids)]}; give size= for other than the training size"
       )
     values = self.values()
-    return sum(bicubic_resize(values[i], size) for i in ids)
+    return functools.reduce(jnp.add, (bicubic_resize(values[i], size) for i in ids))
 
 
 @functools.cache

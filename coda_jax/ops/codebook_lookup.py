@@ -63,7 +63,8 @@ def attention_ids(
   q: Float[Array, "n d"], k: Float[Array, "v d"], *, chunk_size: int | None = None
 ) -> Int[Array, "n"]:
   """Ids [n] int32 of the codes with the largest q kᵀ; `chunk_size` tokens at a time."""
-  return _largest(*_float32(q, k), None, chunk_size)
+  q, k = _float32(q, k)
+  return _largest(q, k, None, chunk_size)
 
 
 def euclidean_lookup(
@@ -95,13 +96,14 @@ def attention_lookup(
     chunk_size: tokens (of each device) at a time; None chooses by the number of codes.
   """
   q, k, v = _float32(q, k, v)
-  scale = q.shape[1] ** -0.5 if scale is None else scale
+  if scale is None:
+    scale = 1 / math.sqrt(q.shape[1])
   # Codes lie along the last axis: along the first a TPU would pad 16 or 32 channels to 128.
-  *found, k, v = _lookup(chunk_size, temperature, q * scale, k.T, v.T)
-  return Lookup(*found, k.T, v.T)
+  ids, z, z_hard, entropy_loss, k, v = _lookup(chunk_size, temperature, q * scale, k.T, v.T)
+  return Lookup(ids, z, z_hard, entropy_loss, k.T, v.T)
 
 
-def _float32(*xs):
+def _float32(*xs: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(x.astype(jnp.float32) for x in xs)
 
 
@@ -143,11 +145,6 @@ def _largest(q: jax.Array, k: jax.Array, offset: jax.Array | None, size: int | N
     return _chunks(cpu, q, len(k), size).map(chunk, q)
 
   return _cpu_or_not(search, q, k, offset)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lookup(size, tau, q, k, v):
-  return _lookup_fwd(size, tau, q, k, v)[0]
 
 
 def _lookup_fwd(size, tau, q, k, v):
@@ -299,4 +296,9 @@ def _add_gradients(tau, tokens, codes, dk, sums):
   return jax.lax.scan(chunk, dk, (tokens, sums))
 
 
+def _lookup_alone(size, tau, q, k, v) -> tuple[jax.Array, ...]:
+  return _lookup_fwd(size, tau, q, k, v)[0]
+
+
+_lookup = jax.custom_vjp(_lookup_alone, nondiff_argnums=(0, 1))
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

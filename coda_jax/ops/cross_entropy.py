@@ -15,7 +15,6 @@ Under `jit` tokens may be sharded over any mesh axes and the vocabulary over ano
 chunks are cut within each device's share, maxima and sums of a chunk are reduced over the codes.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -74,15 +73,10 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
   return jax.lax.dot_general(
     x,
     y,
-    (tuple((axis,) for axis in contract), ((), ())),
+    (((contract[0],), (contract[1],)), ((), ())),
     precision=precision,
     preferred_element_type=jnp.float32,
   )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _streamed(chunks, smoothing, hidden, table, bias, labels):
-  return _forward(chunks, smoothing, hidden, table, bias, labels)[0]
 
 
 def _forward(chunks, smoothing, hidden, table, bias, labels):
@@ -126,4 +120,9 @@ def _backward(chunks, smoothing, residuals, cotangents):
   return dhidden, dtable.astype(table.dtype), dbias, None
 
 
+def _forward_alone(chunks, smoothing, hidden, table, bias, labels) -> tuple[jax.Array, jax.Array]:
+  return _forward(chunks, smoothing, hidden, table, bias, labels)[0]
+
+
+_streamed = jax.custom_vjp(_forward_alone, nondiff_argnums=(0, 1))
 _streamed.defvjp(_forward, _backward)

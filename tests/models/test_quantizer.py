@@ -1,6 +1,5 @@
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,30 +40,6 @@ def test_encode_decode_and_call_agree(config, size):
   np.testing.assert_allclose(out.level_mse[1], error, rtol=1e-4)
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
-@pytest.mark.parametrize("attn_dim", [8, 32])
-def test_queries_and_keys_give_the_logits_of_the_paper(norm, attn_dim):
-  """Eq. 6 in NumPy, with keys of `attn_dim` channels; up to a number for each query."""
-  quantizer = make(dataclasses.replace(ATTENTION, norm=norm, attn_dim=attn_dim))
-  x = latents(5)
-
-  def project(x, name):
-    linear = getattr(quantizer, f"to_{name}")
-    y = np.float64(x) @ np.float64(linear.kernel[...]) + np.float64(linear.bias[...])
-    if norm == "none":
-      return y
-    scale = getattr(quantizer, f"norm_{name}")
-    y = y - y.mean(1, keepdims=True) if norm == "layer" else y
-    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5) * np.float64(scale.scale[...])
-    return y + np.float64(scale.bias[...]) if norm == "layer" else y
-
-  expected = project(x, "q") @ project(quantizer.codebook[...], "k").T
-  logits = np.float64(quantizer.queries(x)) @ np.float64(quantizer.keys()).T
-  for y in (expected, logits):
-    y -= y.mean(1, keepdims=True)
-  np.testing.assert_allclose(logits, expected, atol=1e-6 * np.abs(expected).max())
-
-
 def test_level_sizes_follow_the_rule():
   config = QuantizerConfig(codebook_size=4, patch_sizes=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
   assert config.level_sizes(16, 16) == [(p, p) for p in config.patch_sizes]
@@ -72,39 +47,6 @@ def test_level_sizes_follow_the_rule():
   assert wide[0] == (1, 2) and wide[2] == (2, 6) and wide[-1] == (8, 32)
   assert config.level_sizes(1, 1) == [(1, 1)] * 10
   assert config.tokens == 680
-
-
-def test_euclidean_matches_its_definition():
-  """One level: nearest code, and the two terms of plain VQ, worked out in NumPy."""
-  config = dataclasses.replace(EUCLIDEAN, patch_sizes=(2,), codebook_size=5)
-  quantizer, x = make(config), latents(1, 2, 2)
-  codes, rows = np.asarray(quantizer.codebook[...]), np.asarray(x).reshape(-1, 16)
-  ids = ((rows[:, None] - codes) ** 2).sum(-1).argmin(1)
-  out = tiny.quantize(quantizer, x)
-  np.testing.assert_array_equal(out.ids[0].ravel(), ids)
-  np.testing.assert_allclose(out.latents.reshape(-1, 16), codes[ids], atol=1e-6)
-  np.testing.assert_allclose(out.vq_loss, 1.25 * ((rows - codes[ids]) ** 2).mean(), rtol=1e-5)
-  assert out.entropy_loss == 0
-
-  def loss(x):
-    return (quantizer(x).latents * 3).sum()
-
-  np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3.0, rtol=1e-6)  # straight through
-
-
-def test_euclidean_codes_learn_from_the_loss_alone():
-  quantizer, x = make(EUCLIDEAN), latents(1, 4, 4)
-
-  def loss(codebook, vq):
-    graphdef, state = nnx.split(quantizer)
-    state["codebook"] = state["codebook"].replace(codebook)
-    out = nnx.merge(graphdef, state)(x)
-    return out.vq_loss if vq else out.latents.sum()
-
-  codebook = quantizer.codebook[...]
-  gradient = jax.jit(jax.grad(loss), static_argnums=1)
-  assert jnp.abs(gradient(codebook, True)).max() > 0
-  assert jnp.abs(gradient(codebook, False)).max() == 0
 
 
 @pytest.mark.parametrize(

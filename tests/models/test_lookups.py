@@ -1,0 +1,120 @@
+"""Each look-up against its definition, and a further one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from coda_jax import arrays
+from coda_jax.models import lookups
+from tests import tiny
+from tests.models.test_quantizer import ATTENTION, EUCLIDEAN, latents, make
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+@pytest.mark.parametrize("attn_dim", [8, 32])
+def test_queries_and_keys_give_the_logits_of_the_paper(norm, attn_dim):
+  """Eq. 6 in NumPy, with keys of `attn_dim` channels; up to a number for each query."""
+  quantizer = make(dataclasses.replace(ATTENTION, norm=norm, attn_dim=attn_dim))
+  x = latents(5)
+
+  def project(x, name):
+    linear = getattr(quantizer, f"to_{name}")
+    y = np.float64(x) @ np.float64(linear.kernel[...]) + np.float64(linear.bias[...])
+    if norm == "none":
+      return y
+    scale = getattr(quantizer, f"norm_{name}")
+    y = y - y.mean(1, keepdims=True) if norm == "layer" else y
+    y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-5) * np.float64(scale.scale[...])
+    return y + np.float64(scale.bias[...]) if norm == "layer" else y
+
+  expected = project(x, "q") @ project(quantizer.codebook[...], "k").T
+  logits = np.float64(quantizer.queries(x)) @ np.float64(quantizer.keys()).T
+  for y in (expected, logits):
+    y -= y.mean(1, keepdims=True)
+  np.testing.assert_allclose(logits, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_euclidean_matches_its_definition():
+  """One level: nearest code, and the two terms of plain VQ, worked out in NumPy."""
+  config = dataclasses.replace(EUCLIDEAN, patch_sizes=(2,), codebook_size=5)
+  quantizer, x = make(config), latents(1, 2, 2)
+  codes, rows = np.asarray(quantizer.codebook[...]), np.asarray(x).reshape(-1, 16)
+  ids = ((rows[:, None] - codes) ** 2).sum(-1).argmin(1)
+  out = tiny.quantize(quantizer, x)
+  np.testing.assert_array_equal(out.ids[0].ravel(), ids)
+  np.testing.assert_allclose(out.latents.reshape(-1, 16), codes[ids], atol=1e-6)
+  np.testing.assert_allclose(out.vq_loss, 1.25 * ((rows - codes[ids]) ** 2).mean(), rtol=1e-5)
+  assert out.entropy_loss == 0
+
+  def loss(x):
+    return (quantizer(x).latents * 3).sum()
+
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3.0, rtol=1e-6)  # straight through
+
+
+def test_euclidean_codes_learn_from_the_loss_alone():
+  quantizer, x = make(EUCLIDEAN), latents(1, 4, 4)
+
+  def loss(codebook, vq):
+    graphdef, state = nnx.split(quantizer)
+    state["codebook"] = state["codebook"].replace(codebook)
+    out = nnx.merge(graphdef, state)(x)
+    return out.vq_loss if vq else out.latents.sum()
+
+  codebook = quantizer.codebook[...]
+  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  assert jnp.abs(gradient(codebook, True)).max() > 0
+  assert jnp.abs(gradient(codebook, False)).max() == 0
+
+
+class SignLookup(lookups.Lookup):
+  """The signs of the first channels are the bits of the id."""
+
+  def values(self):
+    return self.codebook[...]
+
+  def codes(self):
+    return ()
+
+  def ids(self, x, codes):
+    bits = self.config.codebook_size.bit_length() - 1
+    return ((x[:, :bits] > 0) * 2 ** jnp.arange(bits)).sum(1).astype(jnp.int32)
+
+  def look_up(self, x, codes):
+    ids = self.ids(x, codes)
+    return lookups.Found(ids, self.values()[ids], codes, vq_loss=jnp.square(x).mean())
+
+
+def test_a_further_look_up_is_a_class_and_a_line(monkeypatch):
+  monkeypatch.setitem(lookups.LOOKUPS, "sign", SignLookup)
+  config = dataclasses.replace(ATTENTION, lookup="sign")
+  assert config.lookup_class is SignLookup and not config.lookup_class.in_official_code
+  quantizer, x = make(config), latents(1, 4, 4)
+  assert isinstance(quantizer, SignLookup) and list(arrays.of(quantizer)) == ["codebook"]
+  out = tiny.quantize(quantizer, x)
+  for a, b in zip(out.ids, quantizer.encode(x), strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_allclose(quantizer.decode(out.ids), out.latents, atol=1e-5)
+  assert out.vq_loss > 0 and out.entropy_loss == 0
+
+
+def test_parameters_lie_directly_below_the_quantizer():
+  """Saved directories and checkpoints have these keys."""
+  projections = [f"to_{x}.{y}" for x in "kqv" for y in ("bias", "kernel")]
+  for norm, entries in (("none", ()), ("rms", ("scale",)), ("layer", ("bias", "scale"))):
+    quantizer = make(dataclasses.replace(ATTENTION, norm=norm))
+    norms = [f"norm_{x}.{y}" for x in "kq" for y in entries]
+    assert list(arrays.of(quantizer)) == ["codebook", *norms, *projections]
+  assert list(arrays.of(make(EUCLIDEAN))) == ["codebook"]
+
+
+@pytest.mark.parametrize(("config", "default"), [(ATTENTION, 0.05), (EUCLIDEAN, 0.25)])
+def test_beta_has_a_default(config, default):
+  def loss(beta):
+    return tiny.quantize(make(dataclasses.replace(config, beta=beta)), latents(1, 4, 4)).vq_loss
+
+  assert loss(None) == loss(default) != loss(0.5)
