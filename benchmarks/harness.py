@@ -1,5 +1,6 @@
 """What several benchmarks do alike."""
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ FORMS = ("materialised", "streamed")
 
 
 def peak() -> float:
-  """Largest resident size of this process so far, in GB."""
+  """Largest resident size of this process so far, or since `forget_peak`, in GB."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -37,6 +38,15 @@ def host() -> str:
   flags = sorted(set(re.findall(r"\b(?:avx\w*|amx\w*|fma)\b", text)))
   found = name[1] if name else platform.processor() or platform.machine()
   return f"{found}, {cores()} cores, {' '.join(flags) or 'instruction set unknown'}"
+
+
+def forget_peak() -> None:
+  """Gives freed memory back and starts `peak` anew, where Linux and glibc can; see proc(5)."""
+  try:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  except OSError:
+    pass
 
 
 def best_of_forms(file: str, words: list[str], rounds: int) -> dict[str, dict[str, float]]:

@@ -6,8 +6,8 @@ PYTHON is an interpreter with torch; nothing here needs jax. Networks, losses, a
 are the checkout's own modules (FLUX's VAE is diffusers'); only their order in an update stands
 here, as `train_scripts/train_mar.py` and `train_flux.py` have it on one process without
 accumulation: generator loss with the adaptive weight, backward, clip, AdamW, average; then the
-discriminator. Weights are random, and nothing is downloaded. After a line that says "ready" every
-answer is a line of JSON.
+discriminator. Weights are random, and nothing is downloaded. A first update precedes the line that
+says "ready"; the answers are lines of JSON.
 """
 
 import copy
@@ -150,6 +150,7 @@ def main() -> None:
       f"{sys.executable} has no {e.name}, which the official code needs: install it there, or name "
       "another interpreter with --official-python"
     )
+  update()
   print(json.dumps("ready"), file=answers, flush=True)
   for _ in sys.stdin:
     start = time.perf_counter()

@@ -7,8 +7,10 @@ The trainer's own update with the settings of `configs/mar.py` and `configs/flux
 discriminator, both optimizers, the average) on one 256x256 image, float32, on the CPU, random
 weights. `mar` has the official adaptive layer, `mar_last` the decoder's last convolution with an
 adapter, which FLUX's official one is. Each case has a process of its own: seconds are the median of
-`--steps` updates after a first one; the peak is the process's largest resident size. The parts of
-the update follow, each compiled by itself: forward, and forward + backward. The last line is JSON.
+`--steps` updates after a first one; the peak is the process's largest resident size while they run,
+with Python, jax, weights and moments in it, but (on Linux) without what only the compiler held. The
+parts of the update follow, each compiled by itself: forward, and forward + backward. The last line
+is JSON.
 
 With `--official` the authors' update runs too, in another process: `official_step.py`, which takes
 its networks, losses and settings from a checkout of github.com/LeapLabTHU/CODA. Updates of both
@@ -47,7 +49,7 @@ import jax
 import numpy as np
 
 from benchmarks.flops import flops, least
-from benchmarks.harness import cores, host, peak
+from benchmarks.harness import cores, forget_peak, host, peak
 from benchmarks.update import CASES, gradient, make_trainer, parts
 from coda_jax import sharding
 from coda_jax.config import REMAT
@@ -129,6 +131,8 @@ def serve(case: str, settings: dict) -> None:
       args = trainer.abstract_state(), trainer._frozen, trainer._key, images
       return {"flops": flops(trainer._keyed_update, *args), "minimum": minimum(trainer)}
 
+    update()
+    forget_peak()
     answers = {"update": update, "flops": count, "parts": lambda: measure_parts(trainer)}
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -166,9 +170,9 @@ class Server:
 
 def run_updates(servers: list[Server], steps: int) -> list[tuple[float, float]]:
   """(median of the seconds, GB of the peak) of each server, which take turns."""
-  rounds = [[server.ask("update") for server in servers] for _ in range(steps + 1)]
+  rounds = [[server.ask("update") for server in servers] for _ in range(steps)]
   return [
-    (statistics.median(x["seconds"] for x in of[1:]), of[-1]["peak_gb"])
+    (statistics.median(x["seconds"] for x in of), of[-1]["peak_gb"])
     for of in zip(*rounds, strict=True)
   ]
 
