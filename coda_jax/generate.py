@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
   classes = [c for c in _classes(args.classes, generator) for _ in range(args.count)]
   key = jax.random.key(args.seed)
   make = _maker(args, generator, key)
-  evaluator, crops = _evaluator(args, generator, len(classes))
+  evaluation = _evaluation(args, generator, len(classes))
 
   with written_aside(args.output) as folder:
     written = {
@@ -126,13 +126,15 @@ def run(args: argparse.Namespace) -> None:
     _write_json(folder / "settings.json", written)
     labels = [generator.label(c) for c in classes]
     batches = sample_batches(make, classes, settings, args.batch_size)
-    shown, features = _write_images(folder, args, batches, labels, evaluator)
+    shown, features = _write_images(folder, args, batches, labels, evaluation and evaluation[0])
     sample_figures.sample_grid(shown, labels, args.count).save(folder / "grid.png")
     if args.filmstrip:
       strip = sample_figures.filmstrip(generator, classes, labels, settings, key)
       strip.save(folder / "filmstrip.png")
-    if evaluator:
-      metrics = {"settings": written} | _evaluate(args, generator, evaluator, crops, features)
+    if evaluation:
+      evaluator, crops = evaluation
+      measures = _evaluate(args, generator, evaluator, crops, joined(features))
+      metrics: dict[str, dict] = {"settings": written, **measures}
       if sweep:
         metrics["sweep"] = {}
         for s in sweep:
@@ -227,8 +229,8 @@ def _write_images(
   batches: Iterable[tuple[int, np.ndarray, float]],
   labels: Sequence[str],
   evaluator: SampleEvaluator | None,
-) -> tuple[dict[int, np.ndarray], Features | None]:
-  """Writes the samples; returns those of the grid by index, and the features of all."""
+) -> tuple[dict[int, np.ndarray], list[Features]]:
+  """Writes the samples; returns those of the grid by index, and the features of each batch."""
   (folder / "images").mkdir()
   count, digits = len(labels), len(str(len(labels) - 1))
   wanted = set(sample_figures.grid_indices(count, args.count))
@@ -254,15 +256,15 @@ def _write_images(
     with zipfile.ZipFile(folder / "samples.npz", "w") as file:  # the archive that np.savez writes
       file.write(npy, npy.name)
     npy.unlink()
-  return shown, joined(features) if features else None
+  return shown, features
 
 
-def _evaluator(
+def _evaluation(
   args: argparse.Namespace, generator: Generator, count: int
-) -> tuple[SampleEvaluator | None, np.ndarray | None]:
+) -> tuple[SampleEvaluator, np.ndarray] | None:
   """(evaluator against held-out crops, other crops for the yardsticks), if they are asked for."""
   if not args.evaluate:
-    return None, None
+    return None
   if count < 2:
     raise UserError("an evaluation needs 2 samples or more: --count, --classes")
   real, other = samples.real_crops(

@@ -65,11 +65,11 @@ def outputs(
       `pipeline.eval_batches` or `in_batches` yield.
     mesh: its batch axes split a global batch; None computes on the default device.
   """
-  placement = None if mesh is None else sharding.batch_sharding(mesh)
 
   def start(batch: Images) -> T:
-    if placement is None:
+    if mesh is None:
       return function(batch["image"])
+    placement = sharding.batch_sharding(mesh)
     result = function(sharding.to_global(batch["image"], placement))
     return multihost_utils.global_array_to_host_local_array(result, mesh, placement.spec)
 

@@ -1,6 +1,7 @@
 """Labelled image grids and plots of runs. Pixels of images are never smoothed."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -14,28 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, MUTED, LINE = "#1f2430", "#667085", "#e4e7ec"
 COLOURS = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#b7791f", "#0e7490")
-_STYLE = {
-  "font.family": "DejaVu Sans",
-  "font.size": 9,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.edgecolor": "#98a2b3",
-  "axes.labelcolor": INK,
-  "axes.titlesize": 10,
-  "axes.titleweight": "bold",
-  "axes.titlelocation": "left",
-  "axes.titlecolor": INK,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": LINE,
-  "grid.linewidth": 0.7,
-  "text.color": INK,
-  "xtick.color": MUTED,
-  "ytick.color": MUTED,
-  "legend.frameon": False,
-  "figure.facecolor": "white",
-  "savefig.dpi": 160,
-}
 _CELL_MIN, _CELL_MAX, _GAP = 160, 512, 8
 _PAGE = 1080  # pixels across a page of the report
 _VECTOR_ENTRY = re.compile(r"(.+)/(?:level_)?(\d+)")
@@ -43,15 +22,31 @@ _NOT_CURVES = ("kind", "step", "steps_per_second", "images_per_second", "tokens_
 _FIRST_CURVES = ("psnr", "ssim", "lpips", "loss", "nll", "l1", "mse")
 
 
-def styled(plot):
-  """Draws with our style and leaves the user's matplotlib settings alone."""
-
-  @functools.wraps(plot)
-  def wrapped(*args, **kwargs):
-    with matplotlib.rc_context(_STYLE):
-      return plot(*args, **kwargs)
-
-  return wrapped
+# Decorator: the function draws with our style and leaves the user's matplotlib settings alone.
+styled = matplotlib.rc_context(
+  {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#98a2b3",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 160,
+  }
+)
 
 
 @functools.cache
@@ -124,7 +119,7 @@ def image_grid(
 
   def text_height(texts, font):
     boxes = [measure.multiline_textbbox((0, 0), t, font=font, spacing=3) for t in texts if t]
-    return max((box[3] for box in boxes), default=0) + (gap if boxes else 0)
+    return math.ceil(max((box[3] for box in boxes), default=0)) + (gap if boxes else 0)
 
   titles = [_wrap(t, head, w) for t, w in zip(titles, widths, strict=True)]
   rows_of_text = [

@@ -15,10 +15,12 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def to_uint8(
-  images: Float[np.ndarray, "*b h w c"], rounding: Literal["truncate", "nearest"] = "truncate"
+  images: Float[np.ndarray | jax.Array, "*b h w c"],
+  rounding: Literal["truncate", "nearest"] = "truncate",
 ) -> UInt8[np.ndarray, "*b h w c"]:
   """8-bit images from [-1, 1], clipped. Official figures truncate; for files take `nearest`."""
-  x = np.clip(images.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+  x = np.asarray(images, np.float32) * np.float32(0.5) + np.float32(0.5)
+  x = np.clip(x, 0, 1) * np.float32(255)
   return (np.rint(x) if rounding == "nearest" else x).astype(np.uint8)
 
 
@@ -84,10 +86,10 @@ class Quality:
 
   @classmethod
   def of(cls, batch: Batch) -> "Quality":
-    images, ours = batch.images, to_uint8(batch.result.images)
+    images, ours, lpips = batch.images, to_uint8(batch.result.images), batch.result.lpips
     fits = min(images.shape[1:3]) >= 2 * _RADIUS + 1
     similarity = ssim(images, ours) if fits else np.full(len(images), np.nan)
-    return cls(psnr(images, ours), similarity, batch.result.lpips)
+    return cls(psnr(images, ours), similarity, None if lpips is None else np.asarray(lpips))
 
   def merge(self, other: "Quality") -> "Quality":
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), self, other)

@@ -24,12 +24,15 @@ class Metric(Protocol):
   @classmethod
   def of(cls, batch: Batch) -> "Metric":
     """The metric of one batch of N >= 0 images."""
+    ...
 
   def merge(self, other: Any) -> "Metric":
     """The metric of the images of both; `other` is of the same class."""
+    ...
 
   def summary(self) -> dict[str, float]:
     """Scalars by name; a scalar of one level is `NAME/level_1` and so on."""
+    ...
 
 
 M = TypeVar("M", bound=Metric)
@@ -51,7 +54,9 @@ class QuantizationError:
   @classmethod
   def of(cls, batch: Batch) -> "QuantizationError":
     result = batch.result
-    return cls(result.level_errors, result.latent_mean, result.latent_power)
+    assert result.level_errors is not None, "a VAE without tokens quantizes nothing"
+    values = result.level_errors, result.latent_mean, result.latent_power
+    return cls(*map(np.asarray, values))
 
   def merge(self, other: "QuantizationError") -> "QuantizationError":
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), self, other)

@@ -4,7 +4,7 @@ The functions are pure, of a module and arrays, for use under `jax.jit`; `arrays
 compiles them. `evaluation.evaluator` runs them over batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Encoded:
     codebook_size: V; ids are below it.
   """
 
-  ids: list[jax.Array | np.ndarray]
+  ids: Sequence[jax.Array | np.ndarray]
   latents: jax.Array | np.ndarray
   quantized: jax.Array | np.ndarray
   codebook_size: int = struct.field(pytree_node=False)
@@ -43,9 +43,10 @@ class Encoded:
 
   def level_inputs(self) -> list[Float[Array, "n c"]]:
     """The vectors that each level looks up: the pooled residual of the levels before it."""
-    levels = range(len(self.ids))
-    left = [self.latents, *(self.latents - self.quantized[:, i] for i in levels[:-1])]
-    pooled = (area_resize(left[i], self.ids[i].shape[1:]) for i in levels)
+    latents = jnp.asarray(self.latents)
+    left = [latents, *(latents - self.quantized[:, i] for i in range(len(self.ids) - 1))]
+    sizes = [(p, q) for _, p, q in (ids.shape for ids in self.ids)]
+    pooled = map(area_resize, left, sizes)
     return [x.reshape(-1, x.shape[-1]) for x in pooled]
 
 
@@ -59,7 +60,8 @@ def encode_levels(
   latents = tokenizer.latents(images, key)
   ids = tokenizer.quantizer.encode(latents)
   values = tokenizer.quantizer.values()
-  steps = jnp.stack([bicubic_resize(values[i], latents.shape[1:3]) for i in ids], axis=1)
+  _, h, w, _ = latents.shape
+  steps = jnp.stack([bicubic_resize(values[i], (h, w)) for i in ids], axis=1)
   return Encoded(ids, latents, jnp.cumsum(steps, axis=1), len(values))
 
 
@@ -95,7 +97,7 @@ class BatchResult:
 
   images: jax.Array | np.ndarray
   lpips: jax.Array | np.ndarray | None = None
-  ids: list[jax.Array | np.ndarray] | None = None
+  ids: Sequence[jax.Array | np.ndarray] = ()
   level_errors: jax.Array | np.ndarray | None = None
   latent_mean: jax.Array | np.ndarray | None = None
   latent_power: jax.Array | np.ndarray | None = None
@@ -133,7 +135,7 @@ def reconstruct_batch(
 ) -> BatchResult:
   """All that metrics need of a batch of images in [-1, 1]; run it under jit."""
   encoded = encode_levels(tokenizer, images, key)
-  out = decode_latents(tokenizer, encoded.quantized[:, -1])
+  out = decode_latents(tokenizer, jnp.asarray(encoded.quantized[:, -1]))
   distance = None if lpips is None else lpips(images, jnp.clip(out, -1, 1))
   return BatchResult.of(encoded, out, distance)
 

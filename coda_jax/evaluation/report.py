@@ -149,7 +149,7 @@ def _difference(run: Run, other: Run) -> str:
   word = "higher" if gain.mean() >= 0 else "lower"
   error = f" (± {gain.std(ddof=1) / len(gain) ** 0.5:.2f})" if len(gain) > 1 else ""
   text = f"Against {_bold(other)}, image by image: PSNR is {abs(gain.mean()):.2f} dB{error} {word}"
-  if a.lpips is not None:
+  if a.lpips is not None and b.lpips is not None:
     change = a.lpips.mean() / b.lpips.mean() - 1
     text += f", LPIPS {abs(change):.0%} {'higher' if change > 0 else 'lower'}"
   if error:

@@ -210,8 +210,8 @@ def measure_tokenizer(
 def _latents(tokenizer: Tokenizer, encoded: Encoded) -> Latents:
   channels, levels = encoded.latents.shape[-1], len(encoded.ids)
   return Latents(
-    continuous=encoded.latents.reshape(-1, channels),
-    quantized=np.moveaxis(encoded.quantized, 1, 0).reshape(levels, -1, channels),
+    continuous=np.asarray(encoded.latents).reshape(-1, channels),
+    quantized=np.moveaxis(np.asarray(encoded.quantized), 1, 0).reshape(levels, -1, channels),
     level_inputs=[np.asarray(x) for x in _level_inputs(encoded)],
     values=np.asarray(tokenizer.quantizer.values()),
     counts=CodebookUsage.count(encoded.ids, encoded.codebook_size).counts,

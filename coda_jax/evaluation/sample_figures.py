@@ -63,6 +63,7 @@ def filmstrip(
     found = generator.sample(
       generator.masked(1), [classes[row]], settings, key, first=row, keep_steps=True
     ).history
+    assert found is not None, "keep_steps asks for the history"
     made = [np.asarray(generator.decode(found[k]))[0] for k in kept]
     images.append([to_uint8(x, "nearest") for x in made])
   tokens = generator.config.tokens

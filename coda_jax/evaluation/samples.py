@@ -106,7 +106,7 @@ class SampleEvaluator:
 
   def measure(self, features: Features) -> dict[str, float | int]:
     """Every measure that there are enough images for, by name, and `images`, their number."""
-    out = {"images": min(len(x) for x in features.values())}
+    out: dict[str, float | int] = {"images": min(len(x) for x in features.values())}
     for name, m in MEASURES.items():
       ours, real = features[m.network], self.real[m.network]
       if min(len(ours), len(real)) >= m.images:

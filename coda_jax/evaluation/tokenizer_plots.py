@@ -48,7 +48,7 @@ def _count_bins(largest: int) -> tuple[np.ndarray, list[str]]:
   return np.concatenate([[0], powers]), names
 
 
-def uniform_utilization(tokens: np.ndarray | float | int, codebook_size: int) -> np.ndarray | float:
+def uniform_utilization(tokens: np.ndarray, codebook_size: int) -> np.ndarray:
   """Fraction of the codes that so many tokens reach if all codes are equally likely."""
   return 1 - (1 - 1 / codebook_size) ** np.asarray(tokens, np.float64)
 
@@ -211,6 +211,6 @@ def codes_plot(
     )
     _bare(axis, title)
     _frame(axis, (every - mean) @ axes, codes)
-  for handle in legend(figure, markerscale=2.2).legend_handles:
+  for handle in filter(None, legend(figure, markerscale=2.2).legend_handles):
     handle.set_alpha(1)
   return figure

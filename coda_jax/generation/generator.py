@@ -1,5 +1,7 @@
 """Images from classes: a MaskGIT and its tokenizer."""
 
+import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -7,7 +9,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -15,6 +16,7 @@ from coda_jax import arrays, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
+from coda_jax.models.maskgit import MaskGIT
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.ops.resize import bicubic_resize
 
@@ -25,10 +27,11 @@ def _decode(tokenizer: Tokenizer, ids):
   """Images of ids [B, N]; masked tokens add nothing to their level."""
   q = tokenizer.config.quantizer
   values = jnp.pad(tokenizer.quantizer.values(), ((0, 1), (0, 0)))  # the mask's value is 0
-  size = (q.patch_sizes[-1],) * 2
+  side = q.patch_sizes[-1]
   ends = np.cumsum([p * p for p in q.patch_sizes])[:-1]
   grids = zip(jnp.split(ids, ends, 1), q.patch_sizes, strict=True)
-  latents = sum(bicubic_resize(values[i.reshape(-1, p, p)], size) for i, p in grids)
+  levels = (bicubic_resize(values[i.reshape(-1, p, p)], (side, side)) for i, p in grids)
+  latents = functools.reduce(jnp.add, levels)
   return tokenizer.vae.decode(tokenizer.vae.unscale_latents(latents))
 
 
@@ -56,7 +59,7 @@ class Generator:
 
   def __init__(
     self,
-    model: nnx.Module,
+    model: MaskGIT,
     tokenizer: Tokenizer,
     class_names: Sequence[str] = (),
     order: str = "uniform",
@@ -235,7 +238,7 @@ class Generator:
     return self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
 
   def _settings(self, steps: int, others: dict) -> SamplerSettings:
-    return SamplerSettings(steps=steps, **{"order": self.order} | others)
+    return dataclasses.replace(SamplerSettings(steps=steps, order=self.order), **others)
 
   def _place(self, x):
     return jax.device_put(x, self._split) if len(x) % self._devices == 0 else jnp.asarray(x)

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from coda_jax.arrays import jit_module
 from coda_jax.errors import UserError
 from coda_jax.generation.masking import ORDERS, SCHEDULES, masked_counts
+from coda_jax.models.maskgit import MaskGIT
 
 RAMPS = ("linear", "constant", "cosine")
 _BLOCK = 128  # codes of which the cumulative sum is taken at a time
@@ -135,7 +135,7 @@ class Form:
 
 
 def sample(
-  model: nnx.Module,
+  model: MaskGIT,
   ids: Int[Array | np.ndarray, "b n"],
   condition: Int[Array | np.ndarray, "b"],
   key: PRNGKeyArray,
@@ -151,7 +151,6 @@ def sample(
   computation's form; temperatures, guidance, schedule and seeds compile nothing.
 
   Args:
-    model: a MaskGIT.
     ids: codes; `model.config.mask_id` where one is to be sampled.
     condition: classes; `model.config.null_class` for none.
     index: the global index of each image, which with `key` decides its random numbers; 0 to B − 1
@@ -167,7 +166,7 @@ def sample(
   )
 
 
-def bind(model: nnx.Module, devices: int = 1) -> Callable[..., Sampled]:
+def bind(model: MaskGIT, devices: int = 1) -> Callable[..., Sampled]:
   """`sample` for many calls with one model, whose parameters are taken as they are now.
 
   Args:
@@ -202,7 +201,7 @@ def bind(model: nnx.Module, devices: int = 1) -> Callable[..., Sampled]:
 
 
 def loop(
-  model: nnx.Module,
+  model: MaskGIT,
   ids: Int[Array, "b n"],
   condition: Int[Array, "b"],
   index: Integer[Array, "b"],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from coda_jax.models.dino import DINO, IMAGE_SIZE, WIDTH, dino_input, takes_window
 
@@ -176,7 +176,9 @@ class Discriminator(nnx.Module):
     """What the heads look at, of images in [-1, 1]. `key` draws the view, if there is a choice."""
     raise NotImplementedError
 
-  def same_view(self, size: tuple[int, int], a: PRNGKeyArray, b: PRNGKeyArray):
+  def same_view(
+    self, size: tuple[int, int], a: PRNGKeyArray, b: PRNGKeyArray
+  ) -> bool | Bool[Array, ""]:
     """Whether two keys draw the same view of images of `size`; a Python bool if no draw decides."""
     return True
 
@@ -206,7 +208,9 @@ class DinoDiscriminator(Discriminator):
     """DINO's readouts. `key` allows the random crop of images above 224 (see `dino_input`)."""
     return tuple(f.astype(self.dtype) for f in self.dino(dino_input(images, key)))
 
-  def same_view(self, size: tuple[int, int], a: PRNGKeyArray, b: PRNGKeyArray):
+  def same_view(
+    self, size: tuple[int, int], a: PRNGKeyArray, b: PRNGKeyArray
+  ) -> bool | Bool[Array, ""]:
     """True where neither key takes a random window."""
     if min(size) <= IMAGE_SIZE:
       return True

@@ -3,19 +3,81 @@
 A further look-up is a class that derives from `Lookup` and a line in `LOOKUPS`.
 """
 
+import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from coda_jax.errors import UserError
 from coda_jax.ops import codebook_lookup
 
-if TYPE_CHECKING:
-  from coda_jax.models.quantizer import QuantizerConfig
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+  """Shape of the quantizer.
+
+  Attributes:
+    codebook_size: number of codes V.
+    patch_sizes: side of each level's token grid, coarse to fine; the last is the latent's side.
+    code_dim: channels of latents and codes.
+    lookup: "attention" (paper, Eq. 6 to 8) or "euclidean" (plain VQ; residual VQ with more levels).
+    attn_dim: width of queries and keys.
+    norm: of queries and keys: "rms", "layer" or "none".
+    beta: weight of the loss that pulls codes to latents (attention) or latents to codes
+      (euclidean); None is the look-up's `default_beta`, 0.05 or 0.25.
+    entropy_temperature: tau of the entropy loss.
+    chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
+  """
+
+  codebook_size: int
+  patch_sizes: tuple[int, ...]
+  code_dim: int = 16
+  lookup: str = "attention"
+  attn_dim: int = 32
+  norm: str = "rms"
+  beta: float | None = None
+  entropy_temperature: float = 0.01
+  chunk_size: int | None = None
+
+  def __post_init__(self):
+    if self.codebook_size < 1:
+      raise UserError(f"quantizer.codebook_size is {self.codebook_size}; it must be at least 1")
+    if self.lookup not in LOOKUPS:
+      raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(LOOKUPS)}")
+    if self.norm not in NORMS:
+      raise UserError(f"quantizer.norm is {self.norm!r}; it is one of {', '.join(NORMS)}")
+    if not self.patch_sizes or min(self.patch_sizes) < 1:
+      raise UserError(f"quantizer.patch_sizes is {self.patch_sizes}; give sides of at least 1")
+    if self.chunk_size is not None and self.chunk_size < 1:
+      raise UserError(f"quantizer.chunk_size is {self.chunk_size}; it must be at least 1")
+
+  @property
+  def lookup_class(self) -> "type[Lookup]":
+    """The look-up's class; its attributes tell other parts of the program what they need."""
+    return LOOKUPS[self.lookup]
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of an image of the training size."""
+    return sum(p * p for p in self.patch_sizes)
+
+  def level_sizes(self, h: int, w: int) -> list[tuple[int, int]]:
+    """Token grid of every level for latents of h x w.
+
+    Level l has round(p_l * h / h0) x round(p_l * w / w0) tokens, at least 1; the last is h x w.
+    """
+    last = self.patch_sizes[-1]
+
+    def side(p, n):  # rounds halves up, in integers
+      return n if p == last else max(1, (2 * p * n + last) // (2 * last))
+
+    sizes = [(side(p, h), side(p, w)) for p in self.patch_sizes]
+    return [*sizes[:-1], (h, w)]
 
 
 class Found(NamedTuple):
@@ -48,7 +110,7 @@ class Lookup(nnx.Module):
   codes_start_as_latents = False
   default_beta: float
 
-  def __init__(self, config: "QuantizerConfig", *, rngs: nnx.Rngs):
+  def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     self.config = config
     shape = config.codebook_size, config.code_dim
     self.codebook = nnx.Param(jax.random.normal(rngs.params(), shape))
@@ -137,7 +199,7 @@ class AttentionLookup(Lookup):
   in_official_code = True
   default_beta = 0.05
 
-  def __init__(self, config: "QuantizerConfig", *, rngs: nnx.Rngs):
+  def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     c, d = config.code_dim, config.attn_dim
     self.to_q, self.to_k = _linear(c, d, rngs), _linear(c, d, rngs)

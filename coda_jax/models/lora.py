@@ -7,7 +7,6 @@ No bias, no alpha.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +59,7 @@ def _merged(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
 # The adapter is in the kernel forward, and in the gradient of x: neither pass holds an output of
 # the adapter, as large as an image. The adapter's own gradients are those of two convolutions
 # beside the frozen one, since that of the whole kernel takes more products.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(conv, x, kernel, down, up) -> jax.Array:
+def _adapted_alone(conv, x, kernel, down, up):
   return _convolve(conv, x, _merged(kernel, down, up))
 
 
@@ -81,6 +79,7 @@ def _adapted_backward(conv, saved, dy):
   return dx, d_kernel, d_down, d_up
 
 
+_adapted = jax.custom_vjp(_adapted_alone, nondiff_argnums=(0,))
 _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
@@ -101,7 +100,7 @@ class LoRAConv(nnx.Module):
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
     x, adapter = x.astype(self.dtype), (self.lora_down[...], self.lora_up[...])
-    y: Any = _adapted((self.strides, self.padding), x, self.kernel[...], *adapter)
+    y = _adapted((self.strides, self.padding), x, self.kernel[...], *adapter)
     return y + self.bias[...].astype(x.dtype)
 
   def merged(self) -> nnx.Conv:

@@ -35,7 +35,7 @@ class LPIPS(nnx.Module):
 
   def distance(self, a: Maps, b: Maps) -> Float[Array, "b"]:
     """Distance of each image of `a` from the one of `b`, given their `features`."""
-    total = 0.0
+    total = jnp.zeros(len(a[0]))
     for head, x, y in zip(self.heads, a, b, strict=True):
       difference = jnp.square(_unit(x) - _unit(y))
       total += jnp.mean(jnp.sum(difference * head[...], axis=-1), axis=(1, 2))

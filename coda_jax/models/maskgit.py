@@ -244,7 +244,7 @@ class MaskGIT(nnx.Module):
     wanted = self.config.codebook_size, self.config.code_dim
     if values.shape != wanted:
       raise UserError(f"code values of shape {values.shape}; the model is made for {wanted}")
-    if self.config.embedding == "codes":
+    if isinstance(self.embedding, CodeEmbedding):
       self.embedding.codes[...] = jnp.asarray(values, jnp.float32)
 
   def __call__(self, ids: Int[Array, "b n"], condition: Int[Array, "b"]) -> Float[Array, "b n d"]:

@@ -5,7 +5,6 @@ codebook, and the values, bicubically upsampled, are added to the reconstruction
 the residual. Nothing is detached along the chain.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,75 +15,12 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.lookups import LOOKUPS, NORMS, Found, Lookup
+from coda_jax.models.lookups import LOOKUPS, Found, Lookup, QuantizerConfig
 from coda_jax.ops.resize import area_resize, bicubic_resize
 
 # Sides of the token grids that the paper takes for images of 256 pixels: 680 and 2240 tokens.
 MAR_PATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 FLUX_PATCH_SIZES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizerConfig:
-  """Shape of the quantizer.
-
-  Attributes:
-    codebook_size: number of codes V.
-    patch_sizes: side of each level's token grid, coarse to fine; the last is the latent's side.
-    code_dim: channels of latents and codes.
-    lookup: "attention" (paper, Eq. 6 to 8) or "euclidean" (plain VQ; residual VQ with more levels).
-    attn_dim: width of queries and keys.
-    norm: of queries and keys: "rms", "layer" or "none".
-    beta: weight of the loss that pulls codes to latents (attention) or latents to codes
-      (euclidean); None is the look-up's `default_beta`, 0.05 or 0.25.
-    entropy_temperature: tau of the entropy loss.
-    chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
-  """
-
-  codebook_size: int
-  patch_sizes: tuple[int, ...]
-  code_dim: int = 16
-  lookup: str = "attention"
-  attn_dim: int = 32
-  norm: str = "rms"
-  beta: float | None = None
-  entropy_temperature: float = 0.01
-  chunk_size: int | None = None
-
-  def __post_init__(self):
-    if self.codebook_size < 1:
-      raise UserError(f"quantizer.codebook_size is {self.codebook_size}; it must be at least 1")
-    if self.lookup not in LOOKUPS:
-      raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(LOOKUPS)}")
-    if self.norm not in NORMS:
-      raise UserError(f"quantizer.norm is {self.norm!r}; it is one of {', '.join(NORMS)}")
-    if not self.patch_sizes or min(self.patch_sizes) < 1:
-      raise UserError(f"quantizer.patch_sizes is {self.patch_sizes}; give sides of at least 1")
-    if self.chunk_size is not None and self.chunk_size < 1:
-      raise UserError(f"quantizer.chunk_size is {self.chunk_size}; it must be at least 1")
-
-  @property
-  def lookup_class(self) -> type[Lookup]:
-    """The look-up's class; its attributes tell other parts of the program what they need."""
-    return LOOKUPS[self.lookup]
-
-  @property
-  def tokens(self) -> int:
-    """Tokens of an image of the training size."""
-    return sum(p * p for p in self.patch_sizes)
-
-  def level_sizes(self, h: int, w: int) -> list[tuple[int, int]]:
-    """Token grid of every level for latents of h x w.
-
-    Level l has round(p_l * h / h0) x round(p_l * w / w0) tokens, at least 1; the last is h x w.
-    """
-    last = self.patch_sizes[-1]
-
-    def side(p, n):  # rounds halves up, in integers
-      return n if p == last else max(1, (2 * p * n + last) // (2 * last))
-
-    sizes = [(side(p, h), side(p, w)) for p in self.patch_sizes]
-    return [*sizes[:-1], (h, w)]
 
 
 @struct.dataclass
@@ -182,6 +118,8 @@ class ResidualQuantizer(Lookup):
 @functools.cache
 def _with_lookup(name: str) -> type[ResidualQuantizer]:
   """The class of the residual quantizer with this look-up."""
-  lookup = LOOKUPS[name]
-  members = {"__module__": __name__, "__doc__": ResidualQuantizer.__doc__}
-  return type(f"Residual{lookup.__name__}", (ResidualQuantizer, lookup), members)
+
+  class Quantizer(ResidualQuantizer, LOOKUPS[name]):
+    """Its methods of levels and the look-up's parameters and methods."""
+
+  return Quantizer

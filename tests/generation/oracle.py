@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from coda_jax.models.maskgit import MaskGITConfig
+from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 
 CONFIG = MaskGITConfig(
   width=2, depth=0, heads=1, num_classes=2, patch_sizes=(1, 2, 4), codebook_size=150
@@ -18,7 +18,7 @@ def logits(seed: int = 0, config: MaskGITConfig = CONFIG) -> np.ndarray:
   return rng.normal(0, 1.5, (2, config.tokens, config.codebook_size)).astype(np.float32)
 
 
-class Oracle(nnx.Module):
+class Oracle(MaskGIT):
   """Hidden states are one-hot positions, so that the output table is the distribution."""
 
   def __init__(self, values: np.ndarray, config: MaskGITConfig = CONFIG):
