@@ -209,9 +209,9 @@ class AttentionLookup(Lookup):
 
   def queries(self, x: Float[Array, "n c"]) -> Float[Array, "n _"]:
     """Queries of vectors, for `keys`."""
-    q = self.to_q(x)
-    bias = self.to_k(jnp.zeros((1, self.config.code_dim)))  # the projection of 0
-    kernel = jnp.concatenate([self.to_k.kernel[...], bias])
+    q, bias = self.to_q(x), self.to_k.bias
+    assert bias is not None
+    kernel = jnp.concatenate([self.to_k.kernel[...], bias[...][None]])
     if self.config.norm != "none":
       q = self.norm_q(q) * self.norm_k.scale[...]
       kernel = self._centred(kernel)
