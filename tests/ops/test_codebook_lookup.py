@@ -134,7 +134,7 @@ def test_each_cotangent_alone():
   x, (g, _) = inputs(20, 100)
   for i in (1, 2):
     grads = [
-      jax.grad(lambda *x, f=f, i=i: jnp.sum(g * f(*x)[i]), (0, 1, 2))(*x)
+      jax.jit(jax.grad(lambda *x, f=f, i=i: jnp.sum(g * f(*x)[i]), (0, 1, 2)))(*x)
       for f in (lambda *x: attention_lookup(*x, chunk_size=8), materialised)
     ]
     for a, b in zip(*grads, strict=True):
