@@ -56,9 +56,12 @@ def _merged(kernel: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
   return kernel + jnp.einsum("hwir,ro->hwio", down, up[0, 0], precision="highest")
 
 
-# The adapter is in the kernel forward, and in the gradient of x: neither pass holds an output of
-# the adapter, as large as an image. The adapter's own gradients are those of two convolutions
-# beside the frozen one, since that of the whole kernel takes more products.
+# The adapter is in the kernel forward and in the gradient of x, so that neither pass writes an
+# output of the adapter, as large as an image. The adapter's own gradients are those of two
+# convolutions beside the frozen one. The gradient of the whole kernel, as autodiff would take it,
+# reads images less often but needs more products: in FLUX's encoder on a v5e chip, forward and
+# backward, 0.77 TFLOP and 2.06 GB of HBM traffic an image instead of 0.60 and 2.29, where the
+# products bound the time.
 def _adapted_alone(conv, x, kernel, down, up):
   return _convolve(conv, x, _merged(kernel, down, up))
 

@@ -49,13 +49,13 @@ class Metrics:
     if not self._active:
       return
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-    self._file = path.open("a")
     if settings.tensorboard:
       from tensorboardX import SummaryWriter
 
       self._tensorboard = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step)
     if settings.wandb_project:
       self._wandb = _start_wandb(settings.wandb_project, workdir, config)
+    self._file = path.open("a")
 
   def steps(self, kind: str) -> set[int]:
     """Steps whose records of `kind` were there at the start."""

@@ -176,7 +176,7 @@ def test_adaptive_weight():
 def adaptive(tokenizer, layer):
   settings = AdversarialSettings(discriminator="patch", adaptive_layer=layer)
   found = networks(tokenizer, None, Linear(), LOSSES, settings)
-  return found.cut, found.adaptive
+  return found.cut, found.adversary.weight
 
 
 def test_adaptive_layers(tokenizer):
