@@ -30,6 +30,7 @@ def trainer(tmp_path_factory):
   return TokenizerTrainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_tokenizer_update(trainer):
   """The whole update. TPUs look values up by products with one-hot rows, others by a gather."""
   images = np.random.default_rng(0).integers(0, 256, (1, 8, 16, 16, 3), np.uint8)

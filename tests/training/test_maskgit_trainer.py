@@ -117,6 +117,7 @@ def test_eight_devices_equal_one(folder, trainer):
   assert_close(sharded["grad_norm"], metrics["grad_norm"], 1e-4)
 
 
+@pytest.mark.slow
 def test_the_update_is_exported_for_every_platform(trainer):
   with jax.set_mesh(trainer.mesh):
     batches = trainer.batches(0)

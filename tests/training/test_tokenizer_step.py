@@ -100,13 +100,14 @@ def test_total(own):
   assert own.variables["heads.0.calls"] == 3
 
 
+MIDDLE = "decoder.mid.block_1.conv1"
 LAYERS = {
   "last": "vae.decoder.up.0.block.0.conv2.lora_up",
-  "decoder.mid.block_1.conv1": "vae.decoder.mid.block_1.conv1.lora_up",
+  MIDDLE: "vae.decoder.mid.block_1.conv1.lora_up",
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ["last", pytest.param(MIDDLE, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_total(tokenizer, layer):
   """One backward pass of the whole total, with d held fixed, as plain jax would do it."""
   own = outcome(tokenizer, layer=layer)
@@ -198,6 +199,7 @@ def test_adaptive_weight_that_does_not_train():
   assert out.metrics["adaptive_weight"] > 0
 
 
+@pytest.mark.slow
 def test_trained_decoder(tokenizer):
   """Every array that trains has a gradient, whichever side of the cut it is on."""
   everything = outcome(tokenizer, trained=nnx.Param)
