@@ -20,7 +20,10 @@ CONFIG = MaskGITConfig(
   "settings",
   [
     SamplerSettings(steps=3),
-    SamplerSettings(steps=3, guidance=0, top_k=5, top_p=0.9, order="coarse_to_fine"),
+    pytest.param(
+      SamplerSettings(steps=3, guidance=0, top_k=5, top_p=0.9, order="coarse_to_fine"),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_every_platform_has_a_program(settings, monkeypatch):

@@ -198,6 +198,7 @@ def sample_real(rows) -> np.ndarray:
   )
 
 
+@pytest.mark.slow
 def test_batch_and_devices_change_nothing():
   rows = np.arange(8)
   whole = sample_real(rows)
