@@ -14,6 +14,7 @@ needs on one v5e chip follows. The last line is JSON.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -105,7 +106,7 @@ class Matmul:
 
 
 def measure_training(
-  m: MaskGITConfig, size: str, dtype: str, batch: int, steps: int
+  size: str, m: MaskGITConfig, dtype: str, batch: int, steps: int
 ) -> dict[str, float]:
   """Seconds of an update and its part of the matmul's FLOPs."""
   with tempfile.TemporaryDirectory() as folder:
@@ -127,11 +128,8 @@ def measure_training(
   return report("an update", batch, min(times[1:]), flops, matmul)
 
 
-def measure_sampling(
-  m: MaskGITConfig, size: str, dtype: str, batch: int, steps: int
-) -> dict[str, float]:
+def measure_sampling(m: MaskGITConfig, dtype: str, batch: int, steps: int) -> dict[str, float]:
   """Seconds of a batch of samples, with guidance, and their part of the matmul's FLOPs."""
-  del size
   model = nnx.jit(lambda: MaskGIT(m, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))()
   run = sampler.bind(model)
   chosen = sampler.SamplerSettings(steps=steps)
@@ -254,11 +252,11 @@ def main() -> None:
   wanted = lambda part: args.only in (None, part)
 
   for part_name, key, measure, steps in (
-    ("train", "train", measure_training, args.steps),
+    ("train", "train", functools.partial(measure_training, args.size), args.steps),
     ("sample", f"sample_{args.sample_steps}_steps", measure_sampling, args.sample_steps),
   ):
     for batch in (1, 4) if wanted(part_name) else ():
-      found = measure(m, args.size, args.dtype, batch, steps)
+      found = measure(m, args.dtype, batch, steps)
       result[f"{key}_seconds_batch_{batch}"] = round(found["seconds"], 3)
       result[f"matmul_fraction_{part_name}_batch_{batch}"] = round(found["fraction"], 3)
       result[f"matmul_fraction_{part_name}"] = round(found["fraction"], 3)  # of the larger batch

@@ -12,7 +12,6 @@ from flax import nnx
 
 from coda_jax import arrays, outputs, weights
 from coda_jax.errors import UserError
-from coda_jax.models.lookups import LOOKUPS
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -107,7 +106,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   fields = weights.read_config(tokenizer, "tokenizer")
   del fields["fingerprint"]
   config = weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
-  if not LOOKUPS[config.quantizer.lookup].in_official_code:
+  if not config.quantizer.lookup_class.in_official_code:
     raise UserError(f"{tokenizer}: the official code has no {config.quantizer.lookup} look-up")
   family = reading.MAR if config.vae.quant_conv else reading.FLUX
   flat = files.read(tokenizer / "model.safetensors")

@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from coda_jax import weights
 from coda_jax.arrays import jit_module
 from coda_jax.data import pipeline, sources
+from coda_jax.data import rng as rng_streams
 from coda_jax.errors import UserError
 from coda_jax.evaluation import frechet
 from coda_jax.evaluation.evaluator import in_batches, outputs
@@ -145,7 +146,7 @@ def yardsticks(
   generator: Generator, crops: UInt8[np.ndarray, "n h w 3"], seed: int = 0, batch_size: int = 16
 ) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
   """Sets of as many images as there are `crops`, from the best to the worst to be expected."""
-  rng = np.random.default_rng((seed, 4))
+  rng = rng_streams.generator(seed, rng_streams.Stream.SAMPLES)
   encoded = outputs(
     lambda x: generator.encode(pipeline.normalize(x)), in_batches(crops, batch_size)
   )

@@ -21,7 +21,6 @@ from coda_jax.evaluation.evaluator import evaluate
 from coda_jax.evaluation.reconstruction import BatchResult, reconstruct_batch
 from coda_jax.models.dino import DINO
 from coda_jax.models.discriminators import DinoDiscriminator, Discriminator, PatchDiscriminator
-from coda_jax.models.lookups import LOOKUPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.training.accumulate import over_micro_batches
 from coda_jax.training.optimizers import averaged, descend, ema_decay, make_optimizer
@@ -220,7 +219,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     """Fresh adapters and quantizer; look-ups that ask for it start with latents of a batch."""
     state = super().initial_state()
     codes = "quantizer.codebook"
-    lookup = LOOKUPS[self.tokenizer_config.quantizer.lookup]
+    lookup = self.tokenizer_config.quantizer.lookup_class
     if lookup.codes_start_as_latents and codes in state.params:
       batches = self.batches(0)
       places = self._state_shardings.params[codes], self._state_shardings.ema[codes]
