@@ -20,6 +20,8 @@ jaxtyping.install_import_hook(["coda_jax"], "beartype.beartype")
 from tests.goldens import values  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+# Another case of the same kind stays in `make test`.
+SLOW_GOLDENS = ("dino_disc_64", "quantizer_mar_nonorm", "mar_vae", "flux_vae_bfl")
 
 
 class Golden:
@@ -61,7 +63,12 @@ def pytest_generate_tests(metafunc):
   folder = metafunc.config.getoption("--goldens")
   spec = json.loads((folder / "cases.json").read_text())
   cases = {n: c for n, c in spec["cases"].items() if c["kind"] == kind}
-  goldens = [Golden(folder, n, c, spec.get("salt", "")) for n, c in cases.items()]
+  goldens = [
+    pytest.param(
+      Golden(folder, n, c, spec.get("salt", "")), marks=[pytest.mark.slow] * (n in SLOW_GOLDENS)
+    )
+    for n, c in cases.items()
+  ]
   metafunc.parametrize("golden", goldens, ids=list(cases))
 
 

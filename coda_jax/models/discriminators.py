@@ -71,8 +71,9 @@ class SpectralConv(nnx.Module):
     with jax.default_matmul_precision("highest"):
       if train:
         fixed = jax.lax.stop_gradient(matrix)
-        self.v[...] = _unit(fixed @ self.u[...])
-        self.u[...] = _unit(self.v[...] @ fixed)
+        # `variable[...] = x` would compare shardings, which costs seconds of tracing in all.
+        self.v.set_value(_unit(fixed @ self.u[...]))
+        self.u.set_value(_unit(self.v[...] @ fixed))
       return self.v[...] @ matrix @ self.u[...]
 
 
@@ -103,8 +104,8 @@ class BatchNorm(nnx.Module):
     mean = jnp.mean(x, axes)
     var = jnp.mean(jnp.square(x - mean), axes)
     new_mean, new_var = jax.lax.stop_gradient((mean, var * (n / max(n - 1, 1))))
-    self.mean[...] = 0.9 * self.mean[...] + 0.1 * new_mean
-    self.var[...] = 0.9 * self.var[...] + 0.1 * new_var
+    self.mean.set_value(0.9 * self.mean[...] + 0.1 * new_mean)
+    self.var.set_value(0.9 * self.var[...] + 0.1 * new_var)
     return mean, var
 
 

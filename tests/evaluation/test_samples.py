@@ -45,6 +45,7 @@ def test_one_real_image_is_too_few():
     samples.SampleEvaluator(images(1, 0))
 
 
+@pytest.mark.slow
 def test_yardsticks():
   crops = images(5, 3)
   g = generator()

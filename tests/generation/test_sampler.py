@@ -59,7 +59,9 @@ def chi_square(ids, p):
   [
     PLAIN,
     pytest.param(dataclasses.replace(PLAIN, temperature=0.7, top_k=40), marks=pytest.mark.slow),
-    dataclasses.replace(PLAIN, top_p=0.8, order="coarse_to_fine"),
+    pytest.param(
+      dataclasses.replace(PLAIN, top_p=0.8, order="coarse_to_fine"), marks=pytest.mark.slow
+    ),
     # One step only: the confidence can choose nothing, and guidance is its full value.
     dataclasses.replace(PLAIN, steps=1, guidance=0.5),
   ],

@@ -77,6 +77,7 @@ def as_batch(image):
   return jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_real_weights_judge_as_people_do(real):
   """Same 0; shifted by a pixel < blurred < JPEG at quality 10 < another photo, all in range.
 

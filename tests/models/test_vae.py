@@ -92,6 +92,7 @@ def gradients():
   return {remat: run(remat) for remat in (False, True)}
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_value(gradients):
   (out, found, barriers), (expected, expected_found, none) = gradients[True], gradients[False]
   assert barriers > none == 0

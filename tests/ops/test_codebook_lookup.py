@@ -97,6 +97,7 @@ def test_tiles_of_codes(monkeypatch, chunk_size):
   assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
 
 
+@pytest.mark.slow
 def test_look_ups_that_pass_the_codes_on():
   (q, k, v), cotangents = inputs(40, 200)
 

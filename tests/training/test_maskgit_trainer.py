@@ -108,6 +108,7 @@ def one_step(trainer):
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(folder, trainer):
   params, metrics = one_step(trainer)
   changes = {"mesh__fsdp": 2, "mesh__model": 2}

@@ -190,6 +190,7 @@ def test_adaptive_layers(tokenizer):
     adaptive(tokenizer, "decoder.up.9")
 
 
+@pytest.mark.slow
 def test_adaptive_weight_that_does_not_train():
   """Without an adapter the gradients are compared at the kernel, which stays as it is."""
   tokenizer = make_tokenizer(LoRAConfig(rank=4, decoder=False))

@@ -181,6 +181,7 @@ def test_euclidean_codes_start_as_latents(euclidean):
   assert nearest.max() < 2
 
 
+@pytest.mark.slow
 def test_accumulation_averages_gradients(euclidean):
   with jax.set_mesh(euclidean.mesh):
     state, batches = euclidean.initial_state(), euclidean.batches(0)
@@ -210,6 +211,7 @@ def adversarial(folder):
   return make_trainer(settings, devices=8)
 
 
+@pytest.mark.slow
 def test_adversarial_updates(adversarial):
   with jax.set_mesh(adversarial.mesh):
     state, batches = adversarial.initial_state(), adversarial.batches(0)
