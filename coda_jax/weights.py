@@ -132,7 +132,7 @@ def fingerprint(fields: Mapping, flat: Arrays) -> str:
 def write_directory(
   path: Path, kind: str, fields: Mapping, flat: Arrays, include: Mapping[str, Path] | None = None
 ) -> None:
-  """Writes `config.json` and `model.safetensors`; an existing directory at `path` is replaced.
+  """Writes `config.json` and `model.safetensors`; a directory of the same kind is replaced.
 
   Args:
     path: the directory.
@@ -140,17 +140,23 @@ def write_directory(
     fields: every model field, JSON-serialisable.
     flat: arrays by dotted path, of any float type and strides; kept as float32. Only one of them
       is copied at a time, so `convert` can hand over views of a mapped file.
-    include: directories that are copied into it, by their names there.
+    include: directories of weights that are copied into it, by their names there.
+
+  Raises:
+    UserError: `path` holds something else, which would be lost.
   """
-  path = pathlib.Path(path).absolute()
+  path = pathlib.Path(path).expanduser()
+  outputs.check_output(path, kind, overwrite=True)
   fields = json.loads(json.dumps(fields))
   config = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
   config["fingerprint"] = fingerprint({"kind": kind, **fields}, flat)
-  with outputs.written_aside(path) as aside:
+  with outputs.written_aside(path, kind, marker=False) as aside:
     _save_safetensors(flat, aside / "model.safetensors")
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, source in (include or {}).items():
-      shutil.copytree(source, aside / name)
+      (aside / name).mkdir()
+      for file in outputs.WEIGHTS:
+        shutil.copyfile(pathlib.Path(source).expanduser() / file, aside / name / file)
 
 
 def _save_safetensors(flat: Arrays, file: pathlib.Path) -> None:
@@ -177,7 +183,7 @@ def read_config(path: Path, kind: str) -> dict:
   Raises:
     UserError: no such directory, another kind or another format version.
   """
-  file = pathlib.Path(path) / "config.json"
+  file = pathlib.Path(path).expanduser() / "config.json"
   if not file.is_file():
     raise UserError(f"{path}: no config.json; give a directory that `convert` or training wrote")
   try:
@@ -196,7 +202,7 @@ def read_config(path: Path, kind: str) -> dict:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
   """The arrays of a directory. Raises UserError if the file is missing or damaged."""
-  file = pathlib.Path(path) / "model.safetensors"
+  file = pathlib.Path(path).expanduser() / "model.safetensors"
   try:
     return safetensors.numpy.load_file(file)
   except FileNotFoundError as e:

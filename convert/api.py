@@ -82,7 +82,7 @@ def convert(
   """
   reading.check_layout(layout)
   output = pathlib.Path(output)
-  _check_output(output, inputs, overwrite)
+  outputs.check_output(output, _kind(layout), overwrite=overwrite, inputs=inputs)
   if from_package:
     flat = jax.device_get(arrays.of(weights.lpips_from_package()))
     weights.write_directory(output, "lpips", {}, flat)
@@ -102,7 +102,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
     UserError: no tokenizer, or one that the official code cannot express.
   """
   tokenizer, output = pathlib.Path(tokenizer), pathlib.Path(output)
-  _check_output(output, [tokenizer], overwrite)
+  outputs.check_output(output, "to-torch", overwrite=overwrite, inputs=[tokenizer])
   fields = weights.read_config(tokenizer, "tokenizer")
   del fields["fingerprint"]
   config = weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
@@ -112,7 +112,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   flat = files.read(tokenizer / "model.safetensors")
   expected = weights.expected_shapes(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
   weights.check_entries({k: v.shape for k, v in flat.items()}, expected, str(tokenizer))
-  with outputs.written_aside(output) as aside:
+  with outputs.written_aside(output, "to-torch") as aside:
     for name, part, layout in (
       ("vae_ema.pth", "vae.", family.layouts[0]),
       ("quantizer_ema.pth", "quantizer.", coda.QUANTIZER),
@@ -123,11 +123,9 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
       pickle.save(aside / name, items)
 
 
-def _check_output(output: pathlib.Path, inputs: Sequence[Path], overwrite: bool) -> None:
-  outputs.check_output(output, overwrite)
-  for path in inputs:
-    if pathlib.Path(path).resolve().is_relative_to(output.resolve()):
-      raise UserError(f"{output} holds the input {path}, which would be lost; name another output")
+def _kind(layout: str) -> str:
+  """The kind of directory that a layout becomes."""
+  return {"vae": "vae", "mar": "tokenizer", "flux": "tokenizer"}.get(layout.split("-")[-1], layout)
 
 
 def _float32(flat: Flat) -> Flat:

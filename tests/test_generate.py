@@ -1,6 +1,7 @@
 """The command, with small random models."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from coda_jax import cli, generate
 from coda_jax.errors import UserError
 from coda_jax.evaluation import samples
+from coda_jax.outputs import MARKER
 from tests.generation import test_generator
 
 
@@ -50,7 +52,7 @@ def test_images_npz_filmstrip_and_metrics(folder, tmp_path, capsys):
   run(folder, out, *words, "--evaluate", f"folder:{folder}/real", "--sweep", "1,4")
   names = ["0_dog.png", "1_dog.png", "2_7up.png", "3_7up.png"]
   assert sorted(p.name for p in (out / "images").iterdir()) == names
-  found = {p.name for p in out.iterdir()}
+  found = {p.name for p in out.iterdir() if p.name != MARKER}
   assert found == {
     *("images", "grid.png", "settings.json", "samples.npz"),
     *("filmstrip.png", "metrics.json", "sweep.png", "curves.png"),
@@ -128,3 +130,42 @@ def test_bad_input_writes_nothing(folder, tmp_path, monkeypatch, words, message)
 def test_wrong_usage(folder, tmp_path, words):
   with pytest.raises(cli.UsageError):
     run(folder, tmp_path / "out", *words)
+
+
+def test_overwrite_removes_nothing_that_is_not_its_own(folder, tmp_path, monkeypatch):
+  shutil.copytree(folder, tmp_path / "run")
+  (tmp_path / "x").mkdir()
+  shutil.copy(folder / "mask.png", tmp_path / "x" / "photo.png")
+  monkeypatch.chdir(tmp_path)
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  for output, words in (
+    ("run", []),
+    ("run/generator", []),
+    (".", []),
+    ("x", ["--inpaint", "x/photo.png", "--mask", "0,0,4,4"]),
+    ("x", ["--change-class", "x/photo.png"]),
+    ("x", ["--inpaint", "run/mask.png", "--mask", "x/photo.png"]),
+    ("run/real", ["--evaluate", "folder:run/real"]),
+  ):
+    with pytest.raises(UserError, match="would be lost"):
+      run(tmp_path / "run", output, "--overwrite", *words)
+  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("3,dog,null", [3, "dog", None]),
+    (' 3 , dog ,"null"', [3, "dog", "null"]),
+    ('"7","a, b","say ""hi"""', ["7", "a, b", 'say "hi"']),
+    ("-1,great white", [-1, "great white"]),
+  ],
+)
+def test_any_class_name_can_be_written(text, words):
+  assert generate._class_words(text) == words
+
+
+@pytest.mark.parametrize("text", ["", ",", "3,", ',3"', '"a', 'a"b"', '"a"b', '""'])
+def test_classes_that_cannot_be_read(text):
+  with pytest.raises(cli.UsageError, match="quotes around names"):
+    generate._class_words(text)

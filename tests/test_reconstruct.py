@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from coda_jax import reconstruct, weights
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation.image_quality import psnr, to_uint8
+from coda_jax.outputs import MARKER
 from tests import tiny
 
 
@@ -39,7 +41,7 @@ def run(folder, images, output, *words):
 def test_a_folder_of_several_sizes(folder, tmp_path, capsys):
   out = tmp_path / "out"
   run(folder, folder / "images", out, "--levels", 2)
-  found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+  found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and p.name != MARKER}
   files = {"a.png": "a.png", "b.png": "b.png.png"}  # b.bmp has the other b.png
   pictures = {f"{what}/{f}" for what in ("tokenizer", "continuous_vae") for f in files.values()}
   assert found == {"grid.png", "metrics.json"} | pictures
@@ -88,3 +90,35 @@ def test_bad_input_writes_nothing(folder, tmp_path, images, words, message):
   with pytest.raises(UserError, match=message):
     run(folder, folder / images, tmp_path / "out", *words)
   assert list(tmp_path.iterdir()) == []
+
+
+def _copy(folder, tmp_path):
+  for name in ("images", "tokenizer"):
+    shutil.copytree(folder / name, tmp_path / name)
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  (tmp_path / "run" / "checkpoints" / "state").touch()
+  shutil.copytree(folder / "tokenizer", tmp_path / "run" / "tokenizer")
+  (tmp_path / "images" / "notes.txt").touch()
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  ("tokenizer", "images", "output"),
+  [
+    ("tokenizer", "images", "images"),
+    ("tokenizer", "images/a.png", "images"),
+    ("tokenizer", "folder:images", "images"),
+    ("tokenizer", "images", "."),
+    ("run/tokenizer", "images", "run"),
+    ("run/tokenizer", "images", "run/tokenizer"),
+    ("tokenizer", "embedded@val", "images"),
+  ],
+)
+def test_overwrite_removes_nothing_that_is_not_its_own(
+  folder, tmp_path, monkeypatch, tokenizer, images, output
+):
+  monkeypatch.chdir(_copy(folder, tmp_path))
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  with pytest.raises(UserError, match="would be lost"):
+    run(folder, images, output, "--overwrite", "--tokenizer", tokenizer)
+  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before

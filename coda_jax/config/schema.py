@@ -101,6 +101,8 @@ class EvalSettings:
   def __post_init__(self):
     if self.batch_size < 1:
       raise UserError(f"config.eval.batch_size={self.batch_size}; it must be at least 1")
+    if self.every < 0 or self.images < 0:
+      raise UserError("config.eval.every and config.eval.images must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

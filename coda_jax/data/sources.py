@@ -252,6 +252,26 @@ _SCHEMES = {
 }
 
 
+def _parse(spec: str) -> tuple[str, str, str | None]:
+  """Scheme, path and split of a data spec; None for no split."""
+  scheme, colon, rest = spec.partition(":")
+  if not colon:
+    scheme, at, split = spec.partition("@")
+    return scheme, "", split if at else None
+  path, at, split = rest.rpartition("@")
+  if not at or "/" in split or (scheme == "folder" and os.path.isdir(os.path.expanduser(rest))):
+    return scheme, rest, None  # the @ is part of the path
+  return scheme, path, split
+
+
+def location(spec: str | os.PathLike) -> str | None:
+  """The file or folder that a data spec or a plain path reads, if it is on this disk."""
+  scheme, path, _ = _parse(os.fspath(spec))
+  own = {"embedded": os.fspath(EMBEDDED_PHOTOS)}.get(scheme)
+  candidates = (os.path.expanduser(p) for p in (os.fspath(spec), own or path) if p)
+  return next(filter(os.path.exists, candidates), None)
+
+
 def open_source(spec: str) -> ImageSource:
   """Opens the images that `spec` names; see the module's docstring for the forms.
 
@@ -259,19 +279,12 @@ def open_source(spec: str) -> ImageSource:
     UserError: unknown form, missing path, unknown split (the message lists those there), nothing
       in it, or a package that is not installed.
   """
-  scheme, colon, rest = spec.partition(":")
-  if not colon:
-    scheme, at, split = spec.partition("@")
-    path = ""
-  else:
-    path, at, split = rest.rpartition("@")
-    if not at or "/" in split or (scheme == "folder" and os.path.isdir(rest)):
-      path, at, split = rest, "", ""  # the @ is part of the path
+  scheme, path, split = _parse(spec)
   if scheme not in _SCHEMES:
     raise UserError(
       f"data spec {spec!r} is unknown; it must be folder:PATH@SPLIT, folder:PATH,"
       " tfds:NAME@SPLIT, arrayrecord:PATH@SPLIT or embedded@SPLIT"
     )
-  if at and not split:
+  if split == "":
     raise UserError(f"data spec {spec!r} names no split after the @")
-  return _SCHEMES[scheme](path, split if at else None)
+  return _SCHEMES[scheme](path, split)

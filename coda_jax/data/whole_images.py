@@ -3,8 +3,8 @@
 import collections
 import dataclasses
 import io
+import itertools
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ def open_images(path: str) -> tuple[list[str], Callable[[int], bytes]]:
   Raises:
     UserError: there is nothing at `path`, or the spec cannot be opened.
   """
+  path = os.path.expanduser(path)
   if os.path.isfile(path):
     return [os.path.basename(path)], lambda _: pathlib.Path(path).read_bytes()
   if not os.path.isdir(path) and not (":" in path or "@" in path):
@@ -38,10 +39,21 @@ def open_images(path: str) -> tuple[list[str], Callable[[int], bytes]]:
 
 
 def file_names(names: list[str]) -> list[str]:
-  """`a/b.jpg` -> `a/b.png`; images that differ by their extension alone keep it."""
+  """`a/b.jpg` -> `a/b.png`, all different, also where upper and lower case are one.
+
+  Images that differ by their extension alone keep it; a number follows where that is not enough. No
+  file has the name of a folder of another.
+  """
   stems = [os.path.splitext(n)[0] for n in names]
-  count = collections.Counter(stems)
-  return [f"{s if count[s] == 1 else n}.png" for n, s in zip(names, stems, strict=True)]
+  count = collections.Counter(s.lower() for s in stems)
+  taken = {str(p).lower() for n in names for p in pathlib.PurePath(n).parents}
+  out = []
+  for name, stem in zip(names, stems, strict=True):
+    base = stem if count[stem.lower()] == 1 else name
+    tries = (f"{base}_{i}.png" if i > 1 else f"{base}.png" for i in itertools.count(1))
+    out.append(next(t for t in tries if t.lower() not in taken))
+    taken.add(out[-1].lower())
+  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +83,13 @@ class WholeImages:
     width, height = (n // self.stride * self.stride if self.crop else n for n in size)
     return width, height
 
-  def smallest_side(self) -> float | int:
-    """Of all images as they are brought to size; infinite if none is readable.
+  def sizes(self) -> list[tuple[int, int]]:
+    """Widths and heights that images are brought to, each once.
 
     Raises:
       UserError: one of them does not fit the stride.
     """
-    smallest = math.inf
+    found = set()
     for i, name in enumerate(self.names):
       try:
         size = Image.open(io.BytesIO(self.read(i))).size  # the header alone
@@ -93,8 +105,8 @@ class WholeImages:
           f"{name}: its size of {size[0]} x {size[1]} pixels {what} the VAE's stride "
           f"{self.stride}{hint}"
         )
-      smallest = min(smallest, *fitted)
-    return smallest
+      found.add(fitted)
+    return sorted(found)
 
   def batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """{"image": uint8 [B, H, W, 3], "valid": bool [B], "index": int [B]}, each of one size.

@@ -18,8 +18,14 @@ def to_uint8(
   images: Float[np.ndarray | jax.Array, "*b h w c"],
   rounding: Literal["truncate", "nearest"] = "truncate",
 ) -> UInt8[np.ndarray, "*b h w c"]:
-  """8-bit images from [-1, 1], clipped. Official figures truncate; for files take `nearest`."""
+  """8-bit images from [-1, 1], clipped. Official figures truncate; for files take `nearest`.
+
+  Raises:
+    UserError: NaN or infinity, which have no 8-bit value.
+  """
   x = np.asarray(images, np.float32) * np.float32(0.5) + np.float32(0.5)
+  if not np.isfinite(x).all():
+    raise UserError("the model's images hold NaN or infinity: its weights or its dtype overflow")
   x = np.clip(x, 0, 1) * np.float32(255)
   return (np.rint(x) if rounding == "nearest" else x).astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from coda_jax import arrays, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
+from coda_jax.models.inputs import check_ids, check_images
 from coda_jax.models.maskgit import MaskGIT
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.ops.resize import bicubic_resize
@@ -94,6 +96,8 @@ class Generator:
     Raises:
       UserError: one of them is out of range or unknown.
     """
+    if isinstance(classes, (str, int)) or classes is None:
+      raise UserError(f"classes is {classes!r}; give a list with a class for each image")
     return np.array([self._class_id(c) for c in classes], np.int32)
 
   def _class_id(self, c) -> int:
@@ -102,17 +106,21 @@ class Generator:
     if isinstance(c, str) and c in self.class_names:
       return self.class_names.index(c)
     try:
-      number = int(c)
-    except ValueError:
-      names = ", ".join(self.class_names[:10]) or "none"
-      more = ", ..." if len(self.class_names) > 10 else ""
-      raise UserError(f"no class {c!r}; the generator's names are: {names}{more}") from None
+      number = int(c) if isinstance(c, str) else operator.index(c)
+    except (TypeError, ValueError):
+      raise UserError(self.unknown_class(c)) from None
     if not 0 <= number < self.config.num_classes:
       raise UserError(
         f"class {number} is out of range: the generator has classes 0 to "
         f"{self.config.num_classes - 1}"
       )
     return number
+
+  def unknown_class(self, c: object) -> str:
+    """What to tell about a class that is no name."""
+    names = ", ".join(self.class_names[:10]) or "none"
+    more = ", ..." if len(self.class_names) > 10 else ""
+    return f"no class {c!r}; the generator's names are: {names}{more}"
 
   def label(self, c: int | None) -> str:
     """The name of a class, or its number if it has none; "null" for no class."""
@@ -146,12 +154,19 @@ class Generator:
     return np.full((count, self.config.tokens), self.config.mask_id, np.int32)
 
   def decode(self, ids: Int[Array | np.ndarray, "b n"]) -> Float[Array, "b h w 3"]:
-    """Images, about [-1, 1], of ids; masked tokens add nothing to their level."""
+    """Images, about [-1, 1], of ids; masked tokens add nothing to their level.
+
+    Raises:
+      UserError: ids of another shape or out of range.
+    """
+    if getattr(ids, "ndim", 0) != 2 or ids.shape[1] != self.config.tokens:
+      raise UserError(f"ids have shape {list(np.shape(ids))}, not [B, {self.config.tokens}]")
+    check_ids([ids[:, None]], self.config.mask_id + 1)
     return self._decode(self._place(ids))
 
   def encode(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Int[Array, "b n"]:
     """Ids of images in [-1, 1] of the training size. Raises UserError for another size."""
-    self._check_size(images)
+    self._check_images(images)
     return self._encode(self._place(images))
 
   def generate(
@@ -202,6 +217,7 @@ class Generator:
       paste: put the original pixels back outside of the mask.
       Others as for `generate`.
     """
+    self._check_images(images)
     settings, mask = self._settings(steps, settings), np.asarray(mask, bool)
     touched = editing.touched_tokens(
       mask, self.config.patch_sizes, self.tokenizer_config.vae.downsampling, least
@@ -232,6 +248,7 @@ class Generator:
       raise UserError(
         f"keep_levels is {keep_levels}; the generator has {len(self.config.patch_sizes)} levels"
       )
+    self._check_images(images)
     settings = self._settings(steps, settings)
     change = self.config.levels >= keep_levels
     ids = np.where(change, self.config.mask_id, np.asarray(self.encode(images)))
@@ -243,7 +260,8 @@ class Generator:
   def _place(self, x):
     return jax.device_put(x, self._split) if len(x) % self._devices == 0 else jnp.asarray(x)
 
-  def _check_size(self, images) -> None:
+  def _check_images(self, images) -> None:
+    check_images(images)
     if images.shape[1:3] != (self.image_size,) * 2:
       h, w = images.shape[1:3]
       raise UserError(

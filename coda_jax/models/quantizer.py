@@ -15,6 +15,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
+from coda_jax.models.inputs import check_ids, check_latents
 from coda_jax.models.lookups import LOOKUPS, Found, Lookup, QuantizerConfig
 from coda_jax.ops.resize import area_resize, bicubic_resize
 
@@ -66,6 +67,7 @@ class ResidualQuantizer(Lookup):
 
   def __call__(self, latents: Float[Array, "b h w c"]) -> QuantizerOutput:
     """Quantizes scaled latents and gives the losses; for training."""
+    check_latents(latents, self.config.code_dim)
     levels = self._levels(latents.astype(jnp.float32), self.look_up)
     found, totals, residuals = zip(*levels, strict=True)
     return QuantizerOutput(
@@ -78,6 +80,7 @@ class ResidualQuantizer(Lookup):
 
   def encode(self, latents: Float[Array, "b h w c"]) -> list[Int[Array, "b p q"]]:
     """Ids of scaled latents, one array per level, coarse to fine."""
+    check_latents(latents, self.config.code_dim)
     values = self.values()
 
     def look_up(x, codes):
@@ -96,8 +99,9 @@ class ResidualQuantizer(Lookup):
       size: latent height and width; the training size unless given or, with all levels, seen.
 
     Raises:
-      UserError: no levels, too many, or grids that do not belong to `size`.
+      UserError: no levels, too many, ids that are no codes, or grids that do not belong to `size`.
     """
+    check_ids(ids, self.config.codebook_size)
     levels, last = len(self.config.patch_sizes), self.config.patch_sizes[-1]
     if not 1 <= len(ids) <= levels:
       raise UserError(f"{len(ids)} levels of ids given; the tokenizer has {levels}")

@@ -76,7 +76,7 @@ class Tokenizer(nnx.Module):
     """Ids of images in [-1, 1], one int32 [B, ph, pw] per level, coarse to fine.
 
     Raises:
-      UserError: the VAE's stride does not divide the image size.
+      UserError: what is given are no such images, or the VAE's stride does not divide their size.
     """
     return self.quantizer.encode(self.latents(images, key))
 
@@ -101,5 +101,8 @@ class Tokenizer(nnx.Module):
     key: jax.Array | None = None,
   ) -> Float[Array, "b h w 3"]:
     """Images through all levels of tokens, or the first `levels`, and back."""
+    ids, known = self.encode(images, key), len(self.config.quantizer.patch_sizes)
+    if levels is not None and not 1 <= levels <= known:
+      raise UserError(f"levels is {levels}; the tokenizer has levels 1 to {known}")
     _, height, width, _ = images.shape
-    return self.decode(self.encode(images, key)[:levels], (height, width))
+    return self.decode(ids[:levels], (height, width))

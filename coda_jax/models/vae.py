@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
+from coda_jax.models.inputs import check_images, check_latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +309,12 @@ class AutoencoderKL(nnx.Module):
       self.post_quant_conv = layers.conv(z, z, 1)
 
   def encode(self, images: Float[Array, "b h w 3"]) -> Posterior:
-    """Posterior of images in [-1, 1]. Raises UserError if the stride does not divide the size."""
+    """Posterior of images in [-1, 1].
+
+    Raises:
+      UserError: what is given are no such images, or the stride does not divide their size.
+    """
+    check_images(images)
     self.config.latent_size(*images.shape[1:3])
     x = self.encoder(images.astype(self.dtype))
     if self.config.quant_conv:
@@ -323,6 +329,7 @@ class AutoencoderKL(nnx.Module):
 
   def decode(self, z: Float[Array, "b p q c"]) -> Float[Array, "b h w 3"]:
     """Images in about [-1, 1] (not clipped), float32, from raw latents."""
+    check_latents(z, self.config.z_channels, "raw latents")
     return self.decoder(self.decoder_input(z)).astype(jnp.float32)
 
   def scale_latents(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -6,15 +6,23 @@ while training goes on.
 """
 
 import contextlib
+import logging
+import math
 import os
 import pathlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 
 from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
+
+log = logging.getLogger("coda_jax")
 
 _training: Any = ocp.training  # its types say less than it takes
 
@@ -28,28 +36,16 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike, settings: CheckpointSettings):
-    policies = _training.preservation_policies
-    keep = [policies.LatestN(settings.keep)]
-    if settings.keep_best:
-      name = settings.best_metric.removeprefix("-")
-      sign = -1 if settings.best_metric.startswith("-") else 1
-      keep.append(
-        policies.BestN(
-          get_metric_fn=lambda metrics: sign * metrics[name],
-          n=settings.keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
-    self._metric = settings.best_metric.removeprefix("-")
+    self._kept = _Kept(settings)
     self.directory = pathlib.Path(directory).absolute()
+    self._saving = None
     with self._readable_errors("open"):
       self._checkpointer = _training.Checkpointer(
         self.directory,
         save_decision_policy=_Always(),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
+        preservation_policy=self._kept,
         cleanup_tmp_directories=True,
       )
-    self._saving = None
 
   @property
   def steps(self) -> list[int]:
@@ -61,26 +57,22 @@ class Checkpoints:
     """Step of the last complete checkpoint."""
     return max(self.steps, default=None)
 
-  def save(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
+  def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Tells the metrics of a step, by which the best checkpoints outlive later saves."""
+    self._kept.evaluated(step, metrics)
+
+  def save(self, step: int, state) -> None:
     """Starts saving `state` (a pytree of jax arrays); waits for the save before it, if any.
 
     The arrays may be donated as soon as this returns.
-
-    Args:
-      metrics: of an evaluation of this state, by which the best checkpoints are kept.
 
     Raises:
       UserError: this or the save before it failed.
     """
     self.wait()
-    if metrics and self._metric not in metrics:
-      raise UserError(
-        f"config.checkpoint.best_metric names {self._metric!r}, which the evaluation does not "
-        f"measure; it measures {', '.join(metrics)}"
-      )
-    metrics = metrics and {self._metric: metrics[self._metric]}
     with self._readable_errors("save"):
-      self._saving = self._checkpointer.save_async(step, state, metrics=metrics)
+      metadata = {"checksums": _checksums(state)}
+      self._saving = self._checkpointer.save_async(step, state, custom_metadata=metadata)
 
   def wait(self) -> None:
     """Waits until the last save is complete. Raises UserError if it failed."""
@@ -89,18 +81,52 @@ class Checkpoints:
       with self._readable_errors("save"):
         saving.result()
 
-  def restore(self, abstract_state, step: int | None = None):
-    """The state saved at `step`, the latest by default.
+  def restore(self, abstract_state) -> tuple[int, Any]:
+    """(step, state) of the latest checkpoint that can be read.
+
+    Later ones that cannot be read are renamed to `STEP.damaged`, with a warning.
 
     Args:
       abstract_state: its structure, `jax.ShapeDtypeStruct`s with the shardings to load into, which
         need not be those it was saved with.
 
     Raises:
-      UserError: it cannot be read, or is of another structure.
+      UserError: none can be read, or they are of another structure.
     """
-    with self._readable_errors("read"):
-      return self._checkpointer.load(step, abstract_state)
+    damaged: dict[int, str] = {}
+    for step in reversed(self.steps):
+      state, reason = None, ""
+      try:
+        state = self._checkpointer.load(step, abstract_state)
+        metadata = self._checkpointer.metadata(step).custom_metadata or {}
+        kept = metadata.get("checksums")  # older versions kept none
+        if kept is not None and kept != _checksums(state):
+          reason = "its arrays are not those that were saved"
+      except Exception as e:
+        reason = _first_line(e)
+      # One process that cannot read it is enough.
+      if all(np.ravel(multihost_utils.process_allgather(np.array(not reason)))):
+        self._set_aside(damaged)
+        return step, state
+      damaged[step] = reason or "another process cannot read it"
+    reasons = "; ".join(f"{step} ({reason})" for step, reason in damaged.items())
+    raise UserError(
+      f"no checkpoint in {self.directory} can be read: {reasons}. Restore one of these folders "
+      f"from a copy; or remove {self.directory} to begin anew"
+    )
+
+  def _set_aside(self, damaged: Collection[int]) -> None:
+    """Renames damaged checkpoints, because their steps will be saved again."""
+    for step in damaged:
+      folder = self.directory / str(step)
+      names = [f"{step}.damaged", *(f"{step}.damaged.{i}" for i in range(2, 100))]
+      free = next(n for n in names if not (self.directory / n).exists())
+      log.warning("%s is damaged: set aside as %s, the one before it is taken", folder, free)
+      if jax.process_index() == 0:
+        folder.rename(self.directory / free)
+    if damaged:
+      multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+      self._checkpointer.reload()
 
   def close(self) -> None:
     """Waits for the last save and stops the background threads."""
@@ -117,15 +143,31 @@ class Checkpoints:
     except (KeyboardInterrupt, SystemExit):
       raise
     except Exception as e:
-      good = getattr(self, "_checkpointer", None) and self._last_good()
-      kept = f"; the checkpoint of step {good} is intact" if good is not None else ""
+      complete = [int(p.name) for p in self.directory.glob("*") if p.name.isdigit()]
+      kept = f"; the last complete one is of step {max(complete)}" if complete else ""
       raise UserError(
         f"cannot {verb} a checkpoint in {self.directory}: {_first_line(e)}{kept}"
       ) from e
 
-  def _last_good(self) -> int | None:
-    names = [p.name for p in self.directory.iterdir() if p.name.isdigit()]
-    return max(map(int, names), default=None)
+
+class _Kept:
+  """Which checkpoints outlive a save: the latest, and the best of those that were evaluated."""
+
+  def __init__(self, settings: CheckpointSettings):
+    self._settings, self._scores = settings, {}
+
+  def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
+    name = self._settings.best_metric
+    value = metrics.get(name.removeprefix("-"))
+    if value is not None and math.isfinite(value):
+      self._scores[step] = -value if name.startswith("-") else value
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = sorted(c.step for c in checkpoints)
+    best = sorted((s for s in steps if s in self._scores), key=lambda s: -self._scores[s])
+    kept = {*steps[-self._settings.keep :], *best[: self._settings.keep_best]}
+    return [c.step in kept for c in checkpoints]
 
 
 class _Always:
@@ -134,6 +176,32 @@ class _Always:
   def should_save(self, step, previous_steps, *, context) -> bool:
     del step, previous_steps, context
     return True
+
+
+def _checksums(state) -> dict[str, int]:
+  """A number of each array's bits, by its path; the same on any devices."""
+  leaves, _ = jax.tree.flatten_with_path(state)
+  sums = jax.device_get(_weighted_sums([x for _, x in leaves]))
+  return {jax.tree_util.keystr(p): int(s) for (p, _), s in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _weighted_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+  """Of each array, the sum of its elements' bits, each times an odd number of its position.
+
+  Sums modulo 2^32 do not depend on their order: no device needs more than its part.
+  """
+
+  def of(x):
+    if x.dtype == bool:
+      x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis, size in enumerate(x.shape):
+      index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+  return [of(x) for x in arrays]
 
 
 def abstract(state, shardings):
@@ -149,4 +217,4 @@ def _first_line(e: BaseException) -> str:
   if isinstance(e, OSError) and e.strerror:
     return e.strerror
   text = str(e) or type(e).__name__
-  return " ".join(text.split())[:300]
+  return " ".join(text.split())[:150]

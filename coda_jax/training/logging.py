@@ -45,7 +45,7 @@ class Metrics:
     self._tensorboard = self._wandb = None
     path = pathlib.Path(workdir) / METRICS_FILE
     kept = [r for r in read_metrics(workdir) if r["step"] <= step] if path.exists() else []
-    self._steps = {kind: {r["step"] for r in kept if r["kind"] == kind} for kind in KINDS}
+    self._records = kept
     if not self._active:
       return
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -57,9 +57,9 @@ class Metrics:
       self._wandb = _start_wandb(settings.wandb_project, workdir, config)
     self._file = path.open("a")
 
-  def steps(self, kind: str) -> set[int]:
-    """Steps whose records of `kind` were there at the start."""
-    return self._steps[kind]
+  def records(self, kind: str) -> list[dict]:
+    """The records of `kind` that were there at the start."""
+    return [r for r in self._records if r["kind"] == kind]
 
   def write(self, kind: str, step: int, values: Mapping[str, float | np.ndarray]) -> None:
     """Writes the values of one step to all writers. Raises UserError if the disk is full."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from coda_jax.config import CheckpointSettings, LoggingSettings
-from coda_jax.errors import UserError
+from coda_jax.errors import UserError, describe
 from coda_jax.evaluation.metrics import short_line
 from coda_jax.outputs import write_text
 from coda_jax.training.checkpoints import Checkpoints
@@ -38,16 +38,21 @@ def run(
   The result does not depend on interruptions: the state, the data and the random numbers of an
   update are functions of the config and of the update's number.
 
+  A state is saved before it is evaluated, and the product is written before the last evaluation.
+  An evaluation that fails is reported and the run goes on; only at the start it ends the run.
+
   Returns:
     True if the run is complete, False if SIGTERM or a preemption notice stopped it (saved).
 
   Raises:
+    KeyboardInterrupt: Ctrl-C stopped it (saved).
     UserError: a metric is not finite, or a checkpoint cannot be saved or read.
   """
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(trainer.mesh))
     enter = lambda closable: stack.enter_context(contextlib.closing(closable))
+    _check_best_metric(trainer, checkpoint)
     checkpoints = enter(Checkpoints(workdir / "checkpoints", checkpoint))
     step = checkpoints.latest or 0
     if step > trainer.steps:
@@ -55,56 +60,105 @@ def run(
     if checkpoints.latest is None:
       state = trainer.initial_state()
     else:
+      step, state = checkpoints.restore(trainer.abstract_state())
       log.info("continuing %s from step %d", workdir, step)
-      state = checkpoints.restore(trainer.abstract_state())
     summary, table = trainer.overview(state)
     log.info("%s", summary)
     if jax.process_index() == 0:
       write_text(workdir / PARAMETERS_FILE, table)
     metrics = enter(Metrics(workdir, logging_settings, step, config))
     progress = enter(Progress(step, trainer.steps, trainer.images_per_step))
+    for record in metrics.records("eval"):
+      checkpoints.evaluated(record["step"], record)
     preemption = stack.enter_context(_Preemption())
     window = _Window(checkpoints)
+    saved = start = step
 
     def due(every: int) -> bool:
       return step == trainer.steps or (every > 0 and step % every == 0)
 
-    def evaluate() -> dict[str, float]:
-      with progress.paused():
-        values = trainer.evaluate(state)
-      metrics.write("eval", step, values)
-      log.info("step %d  evaluation  %s", step, short_line(values))
-      return values
-
-    # The file of the records is process 0's.
-    done = multihost_utils.broadcast_one_to_all(np.array(step in metrics.steps("eval")))
-    if due(trainer.eval_every) and not done:
-      evaluate()  # of the start, or of a checkpoint whose evaluation was cut off
-    batches = enter(trainer.batches(step)) if step < trainer.steps else iter(())
-    while step < trainer.steps:
-      batch = next(batches)
-      with jax.transfer_guard("disallow"):
-        state, values = trainer.step(state, batch)
-      step += 1
-      window.add(step, values)
-      progress.advance(values)
-      stop = preemption.requested(step)
-      if due(logging_settings.every):
-        record = window.mean()
-        record |= progress.report(step, {k: record[k] for k in trainer.shown if k in record})
-        metrics.write("train", step, record)
-      evaluated = evaluate() if due(trainer.eval_every) and not stop else None
-      if due(checkpoint.every) or stop:
+    def save() -> None:
+      nonlocal saved
+      if saved < step:
         window.check()  # a state that is not finite is never saved
         with progress.paused():
-          checkpoints.save(step, state, evaluated)
-      if stop:
-        checkpoints.wait()
-        log.info("stopped by a signal; saved step %d of %d", step, trainer.steps)
+          checkpoints.save(step, state)
+        saved = step
+
+    def evaluate() -> bool:
+      """Whether no signal ended the evaluation."""
+      try:
+        with progress.paused(), preemption.at_once(saved == step):
+          values = trainer.evaluate(state)
+      except _Stopped:
         return False
+      except Exception as e:
+        if step == 0 or jax.process_count() > 1:
+          raise
+        log.error("step %d: the evaluation failed and is left out: %s", step, describe(e))
+        return True
+      metrics.write("eval", step, values)
+      checkpoints.evaluated(step, values)
+      log.info("step %d  evaluation  %s", step, short_line(values))
+      return True
+
+    def stopped() -> bool:
+      checkpoints.wait()
+      log.info("stopped by a signal; saved step %d of %d", step, trainer.steps)
+      if preemption.interrupted:
+        raise KeyboardInterrupt
+      return False
+
+    # The file of the records is process 0's.
+    done = {r["step"] for r in metrics.records("eval")}
+    done = multihost_utils.broadcast_one_to_all(np.array(step in done))
+    # Of the start, or of a checkpoint whose evaluation was cut off.
+    if due(trainer.eval_every) and step < trainer.steps and not done and not evaluate():
+      return stopped()
+    batches = enter(trainer.batches(step)) if step < trainer.steps else iter(())
+    try:
+      while step < trainer.steps:
+        batch = next(batches)
+        with jax.transfer_guard("disallow"):
+          state, values = trainer.step(state, batch)
+        step += 1
+        window.add(step, values)
+        progress.advance(values)
+        stop = preemption.requested(step)
+        if due(logging_settings.every):
+          record = window.mean()
+          record |= progress.report(step, {k: record[k] for k in trainer.shown if k in record})
+          metrics.write("train", step, record)
+        evaluating = due(trainer.eval_every) and not stop and step < trainer.steps
+        if due(checkpoint.every) or stop or (evaluating and checkpoint.keep_best):
+          save()
+        if stop or (evaluating and not evaluate()):
+          return stopped()
+    except Exception:
+      # Data or a disk failed, not the state: what was done since the last save is kept. Several
+      # processes can only save together, and the others know of nothing.
+      usable = not any(x.is_deleted() for x in jax.tree.leaves(state))
+      if saved < step and usable and jax.process_count() == 1:
+        with contextlib.suppress(Exception):
+          save()
+          checkpoints.wait()
+          log.info("saved step %d of %d", step, trainer.steps)
+      raise
     checkpoints.wait()
     trainer.export(state, workdir)
+    if not (done and start == step) and not evaluate():
+      return stopped()
     return True
+
+
+def _check_best_metric(trainer: Trainer, settings: CheckpointSettings) -> None:
+  """Raises UserError if `trainer` evaluates, but not what the best checkpoints are chosen by."""
+  measured, metric = trainer.metric_names(), settings.best_metric.removeprefix("-")
+  if settings.keep_best and measured and metric not in measured:
+    raise UserError(
+      f"config.checkpoint.best_metric={settings.best_metric!r}: the evaluation does not measure "
+      f"{metric!r}; it measures {', '.join(measured)}"
+    )
 
 
 class _Window:
@@ -114,6 +168,7 @@ class _Window:
     self._checkpoints = checkpoints
     self._pending: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
     self._fetched: list[Mapping[str, np.ndarray]] = []
+    self._error: UserError | None = None
 
   def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
     """Metrics of an update that was started; waits for earlier ones if too many are unfinished."""
@@ -123,6 +178,8 @@ class _Window:
 
   def check(self) -> None:
     """Fetches what is pending. Raises UserError naming the first step and metrics not finite."""
+    if self._error is not None:
+      raise self._error
     steps, pending = zip(*self._pending, strict=True) if self._pending else ((), ())
     self._pending.clear()
     for step, values in zip(steps, jax.device_get(pending), strict=True):
@@ -131,7 +188,8 @@ class _Window:
         self._checkpoints.wait()
         kept = self._checkpoints.latest
         saved = "nothing was saved" if kept is None else f"the checkpoint of step {kept} is intact"
-        raise UserError(f"step {step}: {', '.join(bad)} not finite; {saved}")
+        self._error = UserError(f"step {step}: {', '.join(bad)} not finite; {saved}")
+        raise self._error
       self._fetched.append(values)
 
   def mean(self) -> dict[str, float | np.ndarray]:
@@ -141,26 +199,54 @@ class _Window:
     return {k: np.mean([v[k] for v in fetched], axis=0, dtype=np.float64) for k in fetched[0]}
 
 
+class _Stopped(BaseException):
+  """A signal ended an evaluation."""
+
+
 class _Preemption:
-  """Whether this job was told to stop (SIGTERM), agreed on by all processes."""
+  """Whether this job was told to stop (SIGTERM, Ctrl-C), agreed on by all processes.
+
+  A second Ctrl-C ends the process at once.
+  """
 
   def __enter__(self):
-    self._received = False
-    # With several processes jax itself takes the signal and finds a step that all will reach.
+    self._received, self._at_once = 0, False
+    # With several processes jax itself takes SIGTERM and finds a step that all will reach.
     self._distributed = jax.distributed.is_initialized()
-    self._main_thread = threading.current_thread() is threading.main_thread()
-    if not self._distributed and self._main_thread:
-      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    main_thread = threading.current_thread() is threading.main_thread()
+    taken = (signal.SIGINT, *(() if self._distributed else (signal.SIGTERM,)))
+    self._previous = {s: signal.signal(s, self._receive) for s in taken if main_thread}
     return self
 
   def _receive(self, signum, frame):
-    self._received = True
+    self._received = signum
+    if signum == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      log.info("stopping after this update; Ctrl-C again stops at once, with the last checkpoint")
+      if self._distributed:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if self._at_once:
+      raise _Stopped
+
+  @contextlib.contextmanager
+  def at_once(self, allowed: bool):
+    """A signal within the block ends it, if `allowed`: nothing that is not saved would be lost."""
+    self._at_once = allowed and not self._distributed
+    try:
+      yield
+    finally:
+      self._at_once = False
 
   def requested(self, step: int) -> bool:
     if self._distributed:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._received
+    return bool(self._received)
+
+  @property
+  def interrupted(self) -> bool:
+    """Whether the signal was Ctrl-C."""
+    return self._received == signal.SIGINT
 
   def __exit__(self, *exc):
-    if not self._distributed and self._main_thread:
-      signal.signal(signal.SIGTERM, self._previous)
+    for signum, handler in self._previous.items():
+      signal.signal(signum, handler)

@@ -193,6 +193,12 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     key = jax.random.fold_in(key, number)
     return masked_loss(model, batch["ids"][0], batch["label"][0], key, self.config.masking)[1]
 
+  def metric_names(self) -> list[str]:
+    """See `Trainer`."""
+    levels = range(1, len(self.model_config.patch_sizes) + 1)
+    names = [f"{name}/level_{i}" for name in ("level_loss", "level_accuracy") for i in levels]
+    return ["loss", "accuracy", *names] if self.eval_tokens is not None else []
+
   def evaluate(self, state: GeneratorState) -> dict[str, float]:
     """Losses (without smoothing) and accuracy of the averaged weights on held-out tokens.
 

@@ -29,6 +29,11 @@ def resolve(values: ml_collections.ConfigDict) -> c.TrainConfig | c.MaskGITTrain
   return trainer.resolved(c.freeze(settings, values))
 
 
+def product(config: c.TrainConfig | c.MaskGITTrainConfig) -> str:
+  """The folder that the trainer of resolved settings writes, and the kind of its weights."""
+  return TRAINERS[config.kind][1].product
+
+
 def make_trainer(config: c.TrainConfig | c.MaskGITTrainConfig, mesh: jax.sharding.Mesh) -> Trainer:
   """The trainer of resolved settings. Raises UserError if its data or weights cannot be read."""
   return TRAINERS[config.kind][1](config, mesh)

@@ -18,7 +18,8 @@ from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation.codebook import code_age, count_codes
 from coda_jax.evaluation.evaluator import evaluate
-from coda_jax.evaluation.reconstruction import BatchResult, reconstruct_batch
+from coda_jax.evaluation.metrics import Results
+from coda_jax.evaluation.reconstruction import Batch, BatchResult, reconstruct_batch
 from coda_jax.models.dino import DINO
 from coda_jax.models.discriminators import DinoDiscriminator, Discriminator, PatchDiscriminator
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -307,6 +308,15 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
 
   def _picked(self, batch: dict[str, np.ndarray]) -> np.ndarray:
     return batch["image"]
+
+  def metric_names(self) -> list[str]:
+    """See `Trainer`."""
+    side = self.config.tokenizer.image_size
+    images = jax.ShapeDtypeStruct((self.config.eval.batch_size, side, side, 3), np.uint8)
+    shapes = self._reconstruct.eval_shape(self._abstract.ema, self._frozen, images)
+    nothing = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), shapes)
+    batch = Batch(np.zeros((1, side, side, 3), np.uint8), nothing)
+    return list(Results.of(batch).summary())
 
   def evaluate(self, state: TrainState) -> dict[str, float]:
     """Metrics of the averaged weights on held-out images: posterior mean, centre crops."""

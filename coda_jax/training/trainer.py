@@ -3,7 +3,7 @@
 import abc
 import enum
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -99,6 +99,10 @@ class Trainer(abc.ABC, Generic[State, Batch]):
   def _picked(self, batch: dict[str, np.ndarray]) -> Any:
     """The part of a local batch that `_update` takes."""
     return batch
+
+  @abc.abstractmethod
+  def metric_names(self) -> Sequence[str]:
+    """Names of what `evaluate` measures; none without held-out data."""
 
   @abc.abstractmethod
   def evaluate(self, state: State) -> dict[str, float]:

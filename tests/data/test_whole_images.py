@@ -1,4 +1,5 @@
 import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def test_batches_have_one_shape_per_size():
 
   source = WholeImages("here", [f"{i}.png" for i in range(5)], read, stride=2)
   batches = list(source.batches(2))
-  assert source.smallest_side() == 4
+  assert min(min(s) for s in source.sizes()) == 4
   assert [(b["image"].shape, b["index"].tolist(), b["valid"].tolist()) for b in batches] == [
     ((2, 4, 4, 3), [0, 1], [True, True]),
     ((2, 4, 6, 3), [2, 4], [True, True]),
@@ -40,11 +41,11 @@ def test_sizes_that_are_brought_to_the_stride():
     return buffer.getvalue()
 
   with pytest.raises(UserError, match=r"x.png.*14 x 9 pixels.*stride 4.*--crop.*--image-size"):
-    WholeImages("here", ["x.png"], read, 4).smallest_side()
+    WholeImages("here", ["x.png"], read, 4).sizes()
   with pytest.raises(UserError, match="14 x 9 pixels is smaller than the VAE's stride 16"):
-    WholeImages("here", ["x.png"], read, 16, crop=True).smallest_side()
+    WholeImages("here", ["x.png"], read, 16, crop=True).sizes()
   cropped = WholeImages("here", ["x.png"], read, 4, crop=True)
-  assert cropped.smallest_side() == 8
+  assert min(min(s) for s in cropped.sizes()) == 8
   (batch,) = cropped.batches(3)
   np.testing.assert_array_equal(batch["image"], image[None, 0:8, 1:13])
   (batch,) = WholeImages("here", ["x.png"], read, 4, image_size=8).batches(3)
@@ -60,6 +61,15 @@ def test_images_that_cannot_be_read(caplog):
 
 def test_names(tmp_path):
   assert file_names(["a/b.jpg", "c.png", "c.bmp"]) == ["a/b.png", "c.png.png", "c.bmp.png"]
+  for names in (
+    ["a.jpg", "a.png", "a.jpg.png", "a.png.png"],
+    ["a.jpg", "A.JPG", "A.png"],
+    ["a.jpg", "a.png/b.jpg"],
+    ["a", "a.jpg", "a_2.jpg"],
+  ):
+    files = file_names(names)
+    folders = {str(p) for f in files for p in pathlib.PurePath(f).parents}
+    assert len({f.lower() for f in files} - folders) == len(names), files
   (tmp_path / "a.png").write_bytes(b"x")
   names, read = open_images(str(tmp_path / "a.png"))
   assert names == ["a.png"] and read(0) == b"x"

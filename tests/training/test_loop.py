@@ -1,6 +1,9 @@
 """The loop with a trainer of three numbers."""
 
+import dataclasses
+import math
 import os
+import pathlib
 import resource
 import signal
 import time
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax import sharding
+from coda_jax import cli, sharding
 from coda_jax.config import CheckpointSettings, LoggingSettings, MeshSettings
 from coda_jax.errors import UserError
 from coda_jax.training import loop
@@ -73,6 +76,9 @@ class Toy(Trainer):
     self.before(int(jax.device_get(state.step)))
     return super().step(state, batch)
 
+  def metric_names(self):
+    return ["distance"]
+
   def evaluate(self, state):
     return {"distance": float(jnp.abs(state.params["x"]).sum())}
 
@@ -80,9 +86,13 @@ class Toy(Trainer):
     self.exported = np.asarray(state.params["x"])
 
 
-def run(trainer, workdir):
+def run(trainer, workdir, checkpoint=CHECKPOINT):
   workdir.mkdir(exist_ok=True)
-  return loop.run(trainer, workdir, CHECKPOINT, LOGGING, {})
+  return loop.run(trainer, workdir, checkpoint, LOGGING, {})
+
+
+def kept(workdir):
+  return {int(p.name) for p in (workdir / "checkpoints").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +129,116 @@ def test_sigterm_saves_and_the_run_continues(tmp_path, reference):
   trainer = Toy()
   assert run(trainer, tmp_path)
   np.testing.assert_array_equal(trainer.exported, reference)
+
+
+def test_ctrl_c_saves_and_the_run_continues(tmp_path, reference, caplog):
+  def interrupt(step):
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGINT)
+      # The next one ends the process at once.
+      assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+  previous = signal.getsignal(signal.SIGINT)
+  with caplog.at_level("INFO", "coda_jax"), pytest.raises(KeyboardInterrupt):
+    run(Toy(before=interrupt), tmp_path)
+  assert "Ctrl-C again stops at once" in caplog.text and "saved step 3 of 6" in caplog.text
+  assert signal.getsignal(signal.SIGINT) is previous
+  assert kept(tmp_path) == {2, 3}
+  trainer = Toy()
+  assert run(trainer, tmp_path)
+  np.testing.assert_array_equal(trainer.exported, reference)
+
+
+@pytest.mark.parametrize("steps", [8, 4])  # within the run, and at its end
+def test_a_signal_ends_an_evaluation(tmp_path, steps):
+  class Slow(Toy):
+    def evaluate(self, state):
+      if int(state.step) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+      return super().evaluate(state)
+
+  started = time.monotonic()
+  trainer = Slow(steps=steps, eval_every=4)
+  assert not run(trainer, tmp_path)
+  assert time.monotonic() - started < 30
+  assert 4 in kept(tmp_path) and (trainer.exported is not None) == (steps == 4)
+  trainer = Toy(steps=steps, eval_every=4)
+  assert run(trainer, tmp_path)
+  steps_of = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "eval"]
+  assert steps_of == list(range(0, steps + 1, 4))
+
+
+class Fails(Toy):
+  """Its evaluation cannot read an image."""
+
+  fails_at = (4, 6)
+
+  def evaluate(self, state):
+    if int(state.step) in self.fails_at:
+      raise UserError("photos/7.jpg cannot be read")
+    return super().evaluate(state)
+
+
+def test_an_evaluation_that_fails_costs_nothing(tmp_path, reference, caplog):
+  trainer = Fails(eval_every=2)
+  assert run(trainer, tmp_path)
+  np.testing.assert_array_equal(trainer.exported, reference)
+  assert kept(tmp_path) >= {4, 6}
+  for step in (4, 6):
+    assert f"step {step}: the evaluation failed and is left out: photos/7.jpg cann" in caplog.text
+  assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "eval"] == [0, 2]
+  assert run(Toy(eval_every=2), tmp_path)  # the last one is made up for
+  assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "eval"] == [0, 2, 6]
+
+
+def test_an_evaluation_that_fails_at_the_start_ends_the_run(tmp_path):
+  class AtOnce(Fails):
+    fails_at = (0,)
+
+  with pytest.raises(UserError, match="photos/7.jpg"):
+    run(AtOnce(eval_every=2), tmp_path)
+
+
+def test_a_state_is_saved_before_it_is_evaluated(tmp_path):
+  class Killed(Toy):
+    def evaluate(self, state):
+      if int(state.step) == 3:
+        raise SystemExit("the machine is gone")
+      return super().evaluate(state)
+
+  with pytest.raises(SystemExit):
+    run(Killed(eval_every=3), tmp_path)
+  assert 3 in kept(tmp_path)
+
+
+def test_data_that_fail_cost_no_update(tmp_path, reference):
+  class Lost(Toy):
+    def _local_batches(self, start):
+      batches = super()._local_batches(start)
+
+      class Some(Batches):
+        def __next__(self):
+          if self.step == 5:
+            raise UserError("the disk of the images is gone")
+          return super().__next__()
+
+      return Some(batches.step)
+
+  with pytest.raises(UserError, match="is gone"):
+    run(Lost(), tmp_path)
+  assert 5 in kept(tmp_path)
+  trainer = Toy()
+  assert run(trainer, tmp_path)
+  np.testing.assert_array_equal(trainer.exported, reference)
+
+
+def test_a_metric_that_no_evaluation_measures(tmp_path):
+  settings = CheckpointSettings(best_metric="-lpips")
+  with pytest.raises(UserError, match="best_metric='-lpips': .* it measures distance"):
+    run(Toy(), tmp_path, settings)
+  assert not os.listdir(tmp_path), "before anything is made"
+  run(Toy(), tmp_path, CheckpointSettings(best_metric="-lpips", keep_best=0))
 
 
 def test_complete_run_exports_again(tmp_path, reference):
@@ -170,7 +290,10 @@ def test_not_finite(tmp_path):
 
 @pytest.mark.parametrize(
   "room, message",
-  [(200, "cannot write .*metrics.jsonl: "), (10_000, "cannot save .*; .* step 2 is intact")],
+  [
+    (200, "cannot write .*metrics.jsonl: "),
+    (10_000, "cannot save .*; the last complete one is of step 2"),
+  ],
 )
 def test_disk_full(tmp_path, reference, room, message):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -199,11 +322,40 @@ def test_evaluations_and_best_checkpoint(tmp_path):
   distances = {r["step"]: r["distance"] for r in records if r["kind"] == "eval"}
   assert list(distances) == [0, 2, 4, 6, 8]
   del distances[0]  # no checkpoint was saved there
-  best = min(distances, key=distances.get)
-  kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
-  assert kept == {6, 8, best}
+  del distances[8]  # evaluated after the last save
+  assert kept(tmp_path) == {6, 8, min(distances, key=distances.get)}
   train = [r for r in records if r["kind"] == "train"]
   assert {"loss", "parts/level_1", "parts/level_3", "steps_per_second"} <= set(train[0])
+
+
+@pytest.mark.parametrize("name", ["mar", "flux", "maskgit"])
+def test_shipped_configs_keep_the_best(tmp_path, name):
+  """Evaluations and checkpoints of the configs' intervals fall on different updates."""
+  config = cli.load_config(str(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"))
+  every, evaluated = config.checkpoint.every, config.eval.every
+  unit = math.gcd(every, evaluated) or every
+
+  class Best(Toy):
+    """The first evaluation within the run is its best."""
+
+    def evaluate(self, state):
+      return {"distance": float(state.step) + 10 * (int(state.step) == 0)}
+
+  settings = dataclasses.replace(CHECKPOINT, every=every // unit, keep_best=1)
+  best = evaluated // unit
+  steps = 2 * max(best, settings.every) + 3
+  run(Best(steps=steps, eval_every=best), tmp_path, settings)
+  assert best in kept(tmp_path) if best else kept(tmp_path) == {steps - 1, steps}
+
+
+def test_best_checkpoints_outlive_a_restart(tmp_path):
+  run(Toy(steps=4, eval_every=1), tmp_path)
+  file = tmp_path / "metrics.jsonl"
+  distances = {r["step"]: r["distance"] for r in read_metrics(tmp_path) if r["kind"] == "eval"}
+  best = min((1, 2), key=distances.get)
+  file.write_text(file.read_text().replace(str(distances[best]), "0.0"))
+  run(Toy(steps=8, eval_every=1), tmp_path)
+  assert kept(tmp_path) == {7, 8, best}
 
 
 def test_evaluation_cut_off_by_a_kill_is_made_up_for(tmp_path):

@@ -1,0 +1,75 @@
+"""The folder of a run: which runs may be in it, and what it protects.
+
+config.json          the run's config; a copy of it lies in checkpoints/
+data.json            which images or tokens the run trains on
+checkpoints/STEP     states of the run
+metrics.jsonl, parameters.txt, tensorboard/
+tokenizer/ or generator/     the result
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from coda_jax import config, outputs
+from coda_jax.errors import UserError
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+_RECORDS = ("metrics.jsonl", "parameters.txt", "data.json")
+
+
+def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
+  """Checks that a run with `settings` may be in `workdir`.
+
+  A folder without checkpoints protects no config: a first try that failed leaves it usable.
+
+  Args:
+    workdir: the folder, which is there.
+    settings: the frozen config.
+    product: folder in it that the run will write, and the kind of its weights.
+
+  Raises:
+    UserError: it holds a run with another config, or something that is no run and would be lost.
+  """
+  file, checkpoints, result = workdir / CONFIG, workdir / CHECKPOINTS, workdir / product
+  saved = [p for p in checkpoints.glob("*") if p.name.isdigit()]
+  theirs = _read(file) or _read(checkpoints / CONFIG)
+  if theirs is None and saved:
+    raise UserError(
+      f"{file} is missing or damaged, which says how {checkpoints} was trained: restore it, or "
+      f"remove {checkpoints} to begin anew"
+    )
+  if theirs is None:
+    held = [n for n in (CONFIG, *_RECORDS, product) if _holds_something(workdir / n)]
+    if held:
+      raise UserError(
+        f"{workdir} holds {held[0]} but is the folder of no run; take a new --workdir, or remove "
+        f"{workdir / held[0]}"
+      )
+  elif saved or _holds_something(result):
+    config.check_resumable(settings, theirs, workdir)
+  outputs.check_output(result, product, overwrite=True)
+
+
+def _read(file: pathlib.Path) -> dict | None:
+  """The config of a run, or None if the file holds none."""
+  try:
+    fields = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return None
+  return (
+    fields if isinstance(fields, dict) and {"data", "seed", "optimizer"} <= set(fields) else None
+  )
+
+
+def _holds_something(path: pathlib.Path) -> bool:
+  return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+
+
+def claim(workdir: pathlib.Path, fields: dict) -> None:
+  """Writes the config to the folder of a run whose data and networks were found."""
+  text = json.dumps(fields, indent=2) + "\n"
+  (workdir / CHECKPOINTS).mkdir(exist_ok=True)
+  for file in (workdir / CONFIG, workdir / CHECKPOINTS / CONFIG):
+    outputs.write_text(file, text)
