@@ -311,12 +311,18 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
 
   def metric_names(self) -> list[str]:
     """See `Trainer`."""
-    side = self.config.tokenizer.image_size
-    images = jax.ShapeDtypeStruct((self.config.eval.batch_size, side, side, 3), np.uint8)
-    shapes = self._reconstruct.eval_shape(self._abstract.ema, self._frozen, images)
-    nothing = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), shapes)
-    batch = Batch(np.zeros((1, side, side, 3), np.uint8), nothing)
-    return list(Results.of(batch).summary())
+    q, side = self.tokenizer_config.quantizer, self.config.tokenizer.image_size
+    zeros = lambda *shape: np.zeros((1, *shape), np.float32)
+    black = BatchResult(
+      images=zeros(side, side, 3),
+      lpips=None if self._networks.lpips is None else zeros(),
+      ids=[np.zeros((1, p, p), np.int32) for p in q.patch_sizes],
+      level_errors=zeros(len(q.patch_sizes)),
+      latent_mean=zeros(q.code_dim),
+      latent_power=zeros(),
+      codebook_size=q.codebook_size,
+    )
+    return list(Results.of(Batch(np.zeros((1, side, side, 3), np.uint8), black)).summary())
 
   def evaluate(self, state: TrainState) -> dict[str, float]:
     """Metrics of the averaged weights on held-out images: posterior mean, centre crops."""
