@@ -113,8 +113,8 @@ class FolderSource:
     # One blob instead of a million strings: what each worker process gets is small.
     names = [os.fsencode(os.path.relpath(f, root)) for f in files]
     self._names = b"".join(names)
-    self._ends = np.cumsum([len(n) for n in names], dtype=np.int64)
-    self._labels = np.asarray(labels, np.int32)
+    self._ends = np.cumsum([len(n) for n in names], dtype="<i8")
+    self._labels = np.asarray(labels, "<i4")
 
   def _scan(self, root: pathlib.Path, split: str | None) -> tuple[list[str], list[int]]:
     subs = subfolders(root)
@@ -178,7 +178,7 @@ class FolderSource:
   def fingerprint(self) -> str:
     """SHA-256 of the classes, the files' names below the folder, and the labels."""
     found = hashlib.sha256(json.dumps(self.class_names).encode())
-    for part in (self._names, self._ends.astype("<i8"), self._labels.astype("<i4")):
+    for part in (self._names, self._ends.tobytes(), self._labels.tobytes()):
       found.update(part)
     return found.hexdigest()
 

@@ -36,8 +36,8 @@ def without_metadata(data: bytes) -> bytes:
 
 def _png(data: bytes) -> Iterator[bytes]:
   """The chunks that decide the pixels, and `eXIf` if its checksum is right."""
-  at = len(_PNG)
-  while at < len(data):
+  at, name = len(_PNG), b""
+  while name != b"IEND":  # what follows is none of it
     (length,) = struct.unpack_from(">I", data, at)
     name, end = data[at + 4 : at + 8], at + 12 + length
     ancillary = bool(name[0] & 32)  # PNG specification 5.4

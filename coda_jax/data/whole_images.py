@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from coda_jax.data import decode, sources
+from coda_jax.data import decode, metadata, sources
 from coda_jax.errors import UserError
 
 log = logging.getLogger("coda_jax")
@@ -25,6 +25,7 @@ def open_images(path: str) -> tuple[list[str], Callable[[int], bytes]]:
   Raises:
     UserError: there is nothing at `path`, or the spec cannot be opened.
   """
+  path = os.path.expanduser(path)
   if os.path.isfile(path):
     return [os.path.basename(path)], lambda _: pathlib.Path(path).read_bytes()
   if not os.path.isdir(path) and not (":" in path or "@" in path):
@@ -80,7 +81,8 @@ class WholeImages:
     smallest = math.inf
     for i, name in enumerate(self.names):
       try:
-        size = Image.open(io.BytesIO(self.read(i))).size  # the header alone
+        header = metadata.without_metadata(self.read(i))
+        size = Image.open(io.BytesIO(header)).size  # decodes no pixels
       except Exception:  # reported when it is decoded
         continue
       fitted = self._fitted(size)
