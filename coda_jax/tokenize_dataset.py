@@ -1,7 +1,7 @@
 """`python -m coda_jax.tokenize_dataset`: the tokens of an image set, to train a generator on.
 
 The same command continues a run that was stopped or killed: shards are written aside and renamed,
-and those that are there are kept.
+and those that are there are kept, unless an image that could not be read now can be.
 """
 
 import argparse
@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import arrays, cli, outputs, weights
-from coda_jax.data import decode, pipeline, records, rng, sources, tokens
+from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
 
 log = logging.getLogger("coda_jax")
 
+_SOURCE = "source_fingerprint"  # of the images; older manifests have none
+_LEFT_OUT = "unreadable image %s (%s): left out"
 _ORDER = 2  # the version of which images a shard holds; manifests without it are of version 1
 
 
@@ -40,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--resize-ratio", type=float, default=1.125, help="shorter edge / crop")
   p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
   p.add_argument("--shards", type=int, default=0, metavar="N", help="files; 0: of 10,000 images")
+  p.add_argument(
+    "--max-unreadable",
+    type=float,
+    default=pipeline.MAX_UNREADABLE,
+    metavar="PART",
+    help="part of the images that may be unreadable; one may be, unless it is 0",
+  )
   p.add_argument("--seed", type=int, default=0, help="of the images' order and random crops")
   return p
 
@@ -48,7 +57,11 @@ def run(args: argparse.Namespace) -> None:
   """Writes what is missing of the tokens; see the module's docstring."""
   if args.batch_size < 1 or args.shards < 0 or args.random_crops < 0 or args.resize_ratio < 1:
     raise cli.UsageError("--batch-size, --shards, --random-crops or --resize-ratio is too small")
+  if not 0 <= args.max_unreadable < 1:
+    raise cli.UsageError("--max-unreadable must be at least 0 and below 1")
   source = sources.open_source(args.data)
+  found = inventory.describe(source, args.data)
+  found.log("--data")
   fields = weights.read_config(args.tokenizer, "tokenizer")
   images = len(source) * len(_views(args))
   shards = min(len(source), args.shards or -(-images // 10_000))
@@ -60,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     "codebook_size": fields["quantizer"]["codebook_size"],
     "image_size": fields["image_size"],
     "data": args.data,
+    _SOURCE: found.fingerprint,
     "source_images": len(source),
     "class_names": list(source.class_names),
     "crops": "ten" if args.ten_crop else f"random {args.random_crops}" if args.random_crops else 1,
@@ -74,19 +88,24 @@ def run(args: argparse.Namespace) -> None:
     return
   encode = _encoder(args.tokenizer, manifest["codebook_size"])
   order = rng.generator(args.seed, rng.Stream.TOKEN_ORDER).permutation(len(source))
+  bad = []
   for i, shard in enumerate(manifest["shards"]):
     file = args.output / shard["file"]
-    if not file.is_file():
+    counts = _kept(args, source, manifest["image_size"], file)
+    if counts is None:
       rows = order[i * len(source) // shards : (i + 1) * len(source) // shards]
-      _write_shard(args, source, rows, encode, manifest["image_size"], file)
+      counts = _write_shard(args, source, rows, encode, manifest["image_size"], file)
       log.info("%s: shard %d of %d", args.output, i + 1, shards)
-    shard |= json.loads(_counts_file(file).read_text())
+    bad += counts.get("unreadable_rows", [])
+    shard |= {key: counts[key] for key in ("images", "unreadable")}
   manifest["images"] = sum(s["images"] for s in manifest["shards"])
-  manifest["unreadable"] = sum(s["unreadable"] for s in manifest["shards"])
-  if manifest["unreadable"] > pipeline.MAX_UNREADABLE * len(source):
+  manifest["unreadable"] = len(bad)
+  if pipeline.too_many_unreadable(len(bad), len(source), args.max_unreadable):
+    names = ", ".join(source.name(row) for row in sorted(bad)[:3])
     raise UserError(
-      f"{manifest['unreadable']} of {len(source)} images of {args.data} could not be read, more "
-      f"than {pipeline.MAX_UNREADABLE:.0%}"
+      f"{len(bad)} of {len(source)} images of {args.data} could not be read, more than"
+      f" {100 * args.max_unreadable:g}%: {names}{', ...' if len(bad) > 3 else ''}; restore them and"
+      f" run the same command again, remove them and {args.output}, or raise --max-unreadable"
     )
   _write_json(args.output / tokens.MANIFEST, manifest | {"complete": True})
   log.info("%s: tokens of %d images", args.output, manifest["images"])
@@ -105,16 +124,20 @@ def _views(args: argparse.Namespace) -> list[tuple[str, bool]]:
 def _claim(output: pathlib.Path, manifest: dict) -> bool:
   """Writes the manifest of a new directory; True if what is there is complete.
 
+  A directory that lacks a shard is not complete, whatever its manifest says.
+
   Raises:
-    UserError: the directory holds tokens of another tokenizer or of other settings, or part of
-      what another version wrote.
+    UserError: the directory holds tokens of another tokenizer, of other settings or of other
+      images, or part of what another version wrote.
   """
   file = output / tokens.MANIFEST
   if not file.exists():
     try:
       output.mkdir(parents=True, exist_ok=True)
       if any(output.iterdir()):
-        raise UserError(f"{output} is not empty and holds no tokens; take a new --output")
+        raise UserError(
+          f"{output} is not empty and holds no tokens; empty it or take a new --output"
+        )
       _write_json(file, manifest)
     except OSError as e:
       raise UserError(f"--output={output} cannot be written: {e.strerror}") from e
@@ -124,16 +147,25 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
     theirs = there.get(key)
     if key == "shards":
       ours, theirs = len(ours), len(theirs or [])
-    if key not in ("complete", "order") and ours != theirs:
+    if key in ("complete", "order") or (key == _SOURCE and key not in there) or ours == theirs:
+      continue
+    if key == _SOURCE:
       raise UserError(
-        f"{output} holds tokens with {key} {theirs!r}, not {ours!r}; take a new --output"
+        f"{output} holds tokens of other images of {manifest['data']}:"
+        f" {there.get('source_images')} then, {manifest['source_images']} now; restore the images,"
+        f" or remove {output} or take a new --output"
       )
-  if not there["complete"] and there.get("order") != manifest["order"]:
+    raise UserError(
+      f"{output} holds tokens with {key} {theirs!r}, not {ours!r}; remove it or take a new --output"
+    )
+  missing = [s["file"] for s in there["shards"] if not (output / s["file"]).is_file()]
+  complete = there["complete"] and not missing
+  if not complete and there.get("order") != manifest["order"]:
     raise UserError(
       f"{output} is unfinished, and the version that began it takes the images in another order; "
-      "take a new --output"
+      "remove it or take a new --output"
     )
-  return there["complete"]
+  return complete
 
 
 def _write_json(file: pathlib.Path, value: dict) -> None:
@@ -141,8 +173,30 @@ def _write_json(file: pathlib.Path, value: dict) -> None:
 
 
 def _counts_file(shard: pathlib.Path) -> pathlib.Path:
-  """How many images a shard holds; there before the shard is."""
+  """How many images a shard holds, and the rows that it lacks; there before the shard is."""
   return shard.with_name(f"{shard.name}.json")
+
+
+def _kept(
+  args: argparse.Namespace, source: sources.ImageSource, size: int, shard: pathlib.Path
+) -> dict | None:
+  """What `_counts_file` says of a shard that is there; None if the shard must be made.
+
+  That is so if the shard lacks an image that can be read by now.
+  """
+  try:
+    counts = json.loads(_counts_file(shard).read_text())
+    rows = counts.get("unreadable_rows", [])
+    if not shard.is_file() or len(rows) != counts["unreadable"]:  # older versions list no rows
+      return None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
+    return None
+  for row in rows:
+    views, _ = _crops(args, source, size, row)
+    if not isinstance(views, str):
+      return None
+    log.warning(_LEFT_OUT, source.name(row), views)
+  return counts
 
 
 def _encoder(path: str, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -197,9 +251,9 @@ def _write_shard(
   encode: Callable[[np.ndarray], np.ndarray],
   size: int,
   file: pathlib.Path,
-) -> None:
-  """Writes the shard of the images `rows`, and how many they were."""
-  ids, labels, unreadable, n = [], [], 0, args.batch_size
+) -> dict:
+  """Writes the shard of the images `rows`, and its counts, which it returns."""
+  ids, labels, unreadable, n = [], [], [], args.batch_size
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(rows), n):  # not all at once: decoded images are large
       part = [int(r) for r in rows[start : start + n]]
@@ -207,8 +261,8 @@ def _write_shard(
       found = pool.map(lambda row: _crops(args, source, size, row), part)
       for row, (views, label) in zip(part, found, strict=True):
         if isinstance(views, str):
-          unreadable += 1
-          log.warning("unreadable image %s (%s): left out", source.name(row), views)
+          unreadable.append(row)
+          log.warning(_LEFT_OUT, source.name(row), views)
           continue
         crops += views
         labels += [label] * len(views)
@@ -217,12 +271,15 @@ def _write_shard(
         padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
         padded[: len(batch)] = batch
         ids.append(encode(padded)[: len(batch)])
-  _write_json(_counts_file(file), {"images": len(labels), "unreadable": unreadable})
+  counts = {"images": len(labels), "unreadable": len(unreadable), "unreadable_rows": unreadable}
+  file.unlink(missing_ok=True)  # a shard never stands beside another one's counts
+  _write_json(_counts_file(file), counts)
   mixed = rng.generator(args.seed, rng.Stream.TOKEN_MIX, int(rows[0])).permutation(len(labels))
   all_ids = np.concatenate(ids)[mixed] if ids else np.zeros((0, 0), np.uint16)
   all_labels = np.asarray(labels, np.int32)[mixed]
   parts = (slice(i, i + tokens.RECORD_IMAGES) for i in range(0, len(mixed), tokens.RECORD_IMAGES))
   records.write(file, (tokens.pack(all_ids[p], all_labels[p]) for p in parts))
+  return counts
 
 
 def main(argv=None):

@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> None:
     trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
     fields = config.to_json(settings)
     if first:  # not before, so that a mistyped path claims no workdir
-      workdirs.claim(workdir, fields)
+      found = trainer.inventory()
+      for key, data in found.items():
+        data.log(f"config.{key}")
+      workdirs.check_data(workdir, found, args.accept_changed_data)
+      workdirs.claim(workdir, fields, found)
     if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
       log.info("done: %s", workdir / trainer.product)
 

@@ -1,6 +1,7 @@
 """Token files: what is in them, and that a kill loses and doubles nothing."""
 
 import json
+import logging
 import shutil
 
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def test_continues_after_a_kill(folder, flipped, tmp_path, monkeypatch):
     if written:
       raise KeyboardInterrupt
     written.append(args)
-    write(*args)
+    return write(*args)
 
   monkeypatch.setattr(tokenize_dataset, "_write_shard", killed_in_the_second)
   with pytest.raises(KeyboardInterrupt):
@@ -92,7 +93,7 @@ def test_what_an_older_version_left_is_refused_if_unfinished(folder, flipped, tm
   file.write_text(json.dumps(manifest | {"complete": False}))
   (old / manifest["shards"][1]["file"]).unlink()
   before = sorted(p.name for p in old.iterdir())
-  with pytest.raises(UserError, match="old is unfinished, and the version .* another order; take"):
+  with pytest.raises(UserError, match="old is unfinished, and .* in another order; remove"):
     tokenize(folder, old, "--flip")
   assert sorted(p.name for p in old.iterdir()) == before
 
@@ -114,12 +115,91 @@ def test_other_tokenizers_and_settings_are_refused(folder, flipped):
     tokenize(folder, folder / "images")
 
 
-def test_an_unreadable_image_is_left_out_and_too_many_are_an_error(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def images(folder, tmp_path):
+  """Images of the test's own, two of which cannot be read, and the bytes that the two should be."""
   runs.make_inputs(tmp_path)
-  (tmp_path / "images/train/one/3.png").write_bytes(b"no image")
   (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+  bad = [tmp_path / f"images/train/one/{i}.png" for i in (3, 4)]
+  good = [file.read_bytes() for file in bad]
+  for file in bad:
+    file.write_bytes(b"no image")
+  return tmp_path, dict(zip(bad, good, strict=True))
+
+
+def test_unreadable_images_are_left_out_and_too_many_are_an_error(images):
+  folder, bad = images
+  with pytest.raises(UserError, match=r"2 of 24 images .* 1%: .*/3.png, .*/4.png; restore them"):
+    tokenize(folder, folder / "out")
+  source = tokenize(folder, folder / "out", "--max-unreadable", "0.5")
+  assert len(source) == 22 and source.manifest["unreadable"] == 2
+  first, *_ = bad
+  first.write_bytes(bad[first])
+  assert len(tokenize(folder, folder / "out")) == 22, "what is complete stays"
+  assert len(tokenize(folder, folder / "one")) == 23, "one may be unreadable"
   with pytest.raises(UserError, match="1 of 24 images"):
-    tokenize(tmp_path, tmp_path / "out")
-  monkeypatch.setattr(pipeline, "MAX_UNREADABLE", 0.5)
-  source = tokenize(tmp_path, tmp_path / "out")
-  assert len(source) == 23 and source.manifest["unreadable"] == 1
+    tokenize(folder, folder / "none", "--max-unreadable", "0")
+
+
+def test_shards_that_lack_a_repaired_image_are_made_again(images, monkeypatch):
+  folder, bad = images
+  with pytest.raises(UserError, match="2 of 24"):
+    tokenize(folder, folder / "out")
+  times = {f: f.stat().st_mtime_ns for f in folder.glob("out/*.array_record")}
+  with pytest.raises(UserError, match="2 of 24"):
+    tokenize(folder, folder / "out")
+  assert times == {f: f.stat().st_mtime_ns for f in times}, "nothing is repaired"
+  for file, data in bad.items():
+    file.write_bytes(data)
+  source = tokenize(folder, folder / "out")
+  assert len(source) == 24 and source.manifest["unreadable"] == 0
+  assert any(times[f] == f.stat().st_mtime_ns for f in times), "whole shards are kept"
+  whole = tokenize(folder, folder / "whole")
+  for ours, expected in zip(everything(source), everything(whole), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_shards_of_an_older_version_that_lack_images_are_made_again(images):
+  folder, bad = images
+  with pytest.raises(UserError, match="2 of 24"):
+    tokenize(folder, folder / "out")
+  for file in folder.glob("out/*.array_record.json"):
+    counts = json.loads(file.read_text())
+    del counts["unreadable_rows"]
+    file.write_text(json.dumps(counts))
+  for file, data in bad.items():
+    file.write_bytes(data)
+  assert len(tokenize(folder, folder / "out")) == 24
+
+
+@pytest.mark.parametrize("damage", ["shard", "counts", "no counts"])
+def test_what_is_missing_of_a_directory_is_made_again(folder, flipped, tmp_path, damage):
+  out = tmp_path / "out"
+  shutil.copytree(flipped.path, out)
+  shard = out / flipped.manifest["shards"][1]["file"]
+  if damage == "shard":  # the directory is complete
+    shard.unlink()
+  else:
+    counts = tokenize_dataset._counts_file(shard)
+    counts.unlink() if damage == "no counts" else counts.write_text("[")
+    (out / tokens.MANIFEST).write_text(json.dumps(flipped.manifest | {"complete": False}))
+  source = tokenize(folder, out, "--flip")
+  assert source.manifest == flipped.manifest
+  for ours, expected in zip(everything(source), everything(flipped), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_other_images_are_refused(images, caplog):
+  folder, bad = images
+  for file, data in bad.items():
+    file.write_bytes(data)
+  with caplog.at_level(logging.INFO):
+    source = tokenize(folder, folder / "out")
+  assert f"--data folder:{folder}/images@train: 24 images in 1 class" in caplog.text
+  first, second = bad
+  first.rename(first.with_name("x.png"))
+  with pytest.raises(UserError, match="holds tokens of other images of .*: 24 then, 24 now; rest"):
+    tokenize(folder, folder / "out")
+  old = {k: v for k, v in source.manifest.items() if k != "source_fingerprint"}
+  (folder / "out" / tokens.MANIFEST).write_text(json.dumps(old))
+  assert len(tokenize(folder, folder / "out")) == 24, "an older version noted none"

@@ -12,6 +12,7 @@ from coda_jax.errors import UserError
 # Workdirs of older versions hold `fold`, which nothing reads today.
 MAY_CHANGE_ON_RESUME = (
   "checkpoint",
+  "data.max_unreadable",
   "data.workers",
   "epochs",
   "fold",

@@ -48,6 +48,7 @@ class DataSettings:
     workers: worker processes per host; 0 decodes in threads.
     resize_ratio: shorter edge before the crop / image_size.
     flip: mirror every second image at random.
+    max_unreadable: part of the images that may be unreadable; one may be, unless it is 0.
   """
 
   train: str
@@ -57,9 +58,14 @@ class DataSettings:
   workers: int = 0
   resize_ratio: float = 1.125
   flip: bool = False
+  max_unreadable: float = 0.01
 
   def __post_init__(self):
     check_batch_size(self.batch_size, self.accumulation)
+    if not 0 <= self.max_unreadable < 1:
+      raise UserError(
+        f"config.data.max_unreadable={self.max_unreadable}; it must be at least 0 and below 1"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

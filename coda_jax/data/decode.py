@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from coda_jax.data.metadata import without_metadata
+
 _ORIENTATIONS = {  # EXIF tag 0x0112 -> what brings the image upright
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -55,11 +57,21 @@ def decode_image(data: bytes) -> Image.Image:
 
   CMYK, palette and grey images are converted, 16-bit grey is scaled by 1/257, transparency is laid
   over white (as a browser shows it), the EXIF orientation is applied, of an animation the first
-  frame is taken.
+  frame is taken. Metadata that Pillow refuses are left out.
 
   Raises:
     UnreadableImage: corrupt, truncated, not an image, or without a defined 8-bit range.
   """
+  try:
+    return _decode(data)
+  except UnreadableImage:
+    bare = without_metadata(data)
+    if bare == data:
+      raise
+    return _decode(bare)
+
+
+def _decode(data: bytes) -> Image.Image:
   try:
     image = Image.open(io.BytesIO(data))
     image.load()

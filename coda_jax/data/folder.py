@@ -1,86 +1,153 @@
 """Image files in folders."""
 
+import collections
+import hashlib
+import json
 import os
 import pathlib
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
+from PIL import Image
 
 from coda_jax.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset(
-  ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
+_IMAGES = frozenset(
+  ".jpg .jpeg .jpe .jif .jfif .mpo .jp2 .j2k .j2c .jpc .jpf .jpx .png .apng .webp .gif .bmp .dib"
+  " .tif .tiff .pbm .pgm .ppm .pnm .tga .pcx .qoi .sgi".split()
 )
-_SPLITS = ("train", "val", "validation", "test")
+_BY_PLUGIN = frozenset(".avif .avifs .heic .heif .hif .jxl".split())  # as Pillow was built
+_NOT_READ = frozenset(
+  ".svg .svgz .eps .ai .psd .psb .xcf .ico .icns .dds .exr .hdr .pfm .fits .dcm .raw .dng .cr2 .cr3"
+  " .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .erf .kdc .mrw .iiq".split()
+)
+LOOK_LIKE_IMAGES = _BY_PLUGIN | _NOT_READ  # where they are skipped
+_SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
+_TRAIN = ("train", "training")
+_SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
+_SHOWN = 3
 
 
-def subfolders(folder: pathlib.Path) -> list[str]:
-  """Names of the folders in `folder` that are not hidden, sorted."""
-  return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+def image_extensions() -> frozenset[str]:
+  """Endings of the files that count as images: what Pillow reads, with the plugins it has now."""
+  return _IMAGES | (_BY_PLUGIN & Image.registered_extensions().keys())
 
 
-def _is_image(name: str) -> bool:
-  return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+def subfolders(folder: str | os.PathLike) -> list[str]:
+  """Names of the folders in `folder` that are neither hidden nor a system's, sorted."""
+  return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _is_passed_over(e.name))
 
 
-def _images_below(folder: str, seen: set[tuple[int, int]]) -> list[str]:
-  """Paths of all images in `folder` and below, sorted; `seen` guards against circular links."""
+def _is_passed_over(name: str) -> bool:
+  return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def _extension(name: str) -> str:
+  return os.path.splitext(name)[1].lower()
+
+
+def _files(
+  folder: str, *, ordered: bool, seen: set[tuple[int, int]] | None = None
+) -> Iterator[os.DirEntry[str]]:
+  """All files in `folder` and below that are not hidden; `seen` guards against circular links."""
+  seen = set() if seen is None else seen
   stat = os.stat(folder)
   if (stat.st_dev, stat.st_ino) in seen:
-    return []
+    return
   seen.add((stat.st_dev, stat.st_ino))
-  found = []
-  for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-    if entry.name.startswith("."):
-      continue
-    if entry.is_dir():
-      found += _images_below(entry.path, seen)
-    elif _is_image(entry.name):
-      found.append(entry.path)
-  return found
+  with os.scandir(folder) as entries:
+    for entry in sorted(entries, key=lambda e: e.name) if ordered else entries:
+      if _is_passed_over(entry.name):
+        continue
+      if entry.is_dir():
+        yield from _files(entry.path, ordered=ordered, seen=seen)
+      else:
+        yield entry
+
+
+def _classes_in(folder: pathlib.Path, names: Collection[str] | None = None) -> list[str]:
+  """The subfolders, or those of `names`, that hold an image; looks no further than the first."""
+  extensions = image_extensions()
+  return [
+    name
+    for name in (subfolders(folder) if names is None else names)
+    if any(_extension(e.name) in extensions for e in _files(str(folder / name), ordered=False))
+  ]
+
+
+def _few(names: Collection[str]) -> str:
+  shown = ", ".join(list(names)[:_SHOWN])
+  return f"{shown}, ... ({len(names)})" if len(names) > _SHOWN else shown
 
 
 class FolderSource:
   """Image files in class folders, or in one flat folder (label -1).
 
-  Rows are ordered by class and then by path. Labels number the sorted class folders: those of all
-  of train, val, validation and test that lie side by side, so that a label means the same class in
-  every split.
+  Rows are ordered by class and then by path. Class folders are those with images in them. Labels
+  number the sorted class folders: those of train if the split has a `train` beside it, otherwise
+  those of all splits that lie side by side. So a label means the same class in every split.
+
+  Attributes:
+    skipped: how many files of another kind there are, by their ending.
 
   Raises:
-    UserError: the folder is missing, unreadable, or without images, or its layout is ambiguous.
+    UserError: the folder is missing, unreadable, or without images, its layout is ambiguous, it
+      holds splits and none is named, or train lacks a class of the split.
   """
 
   def __init__(self, root: str | os.PathLike, split: str | None = None):
     root = pathlib.Path(root).expanduser()
     if not root.is_dir():
       raise UserError(f"image folder {root} does not exist or is not a folder")
-    if split is not None:
-      if not (root / split).is_dir():
-        there = ", ".join(subfolders(root)) or "none"
-        raise UserError(f"image folder {root} has no split {split!r}; folders there: {there}")
-      root = root / split
-    self.root = str(root)
     try:
+      if split is not None:
+        if not (root / split).is_dir():
+          there = ", ".join(subfolders(root)) or "none"
+          raise UserError(f"image folder {root} has no split {split!r}; folders there: {there}")
+        root = root / split
+      self.root = str(root)
+      self.skipped: Mapping[str, int] = {}
       files, labels = self._scan(root, split)
     except OSError as e:
       raise UserError(f"image folder {root} cannot be read: {e}") from e
     # One blob instead of a million strings: what each worker process gets is small.
     names = [os.fsencode(os.path.relpath(f, root)) for f in files]
     self._names = b"".join(names)
-    self._ends = np.cumsum([len(n) for n in names])
-    self._labels = np.asarray(labels, np.int32)
+    self._ends = np.cumsum([len(n) for n in names], dtype="<i8")
+    self._labels = np.asarray(labels, "<i4")
 
   def _scan(self, root: pathlib.Path, split: str | None) -> tuple[list[str], list[int]]:
-    flat = sorted(e.path for e in os.scandir(root) if _is_image(e.name) and not e.is_dir())
-    by_class = {name: _images_below(str(root / name), set()) for name in subfolders(root)}
-    by_class = {name: files for name, files in by_class.items() if files}
+    subs = subfolders(root)
+    _check_no_splits(root, subs, split)
+    extensions, skipped = image_extensions(), collections.Counter()
+
+    def is_image(entry: os.DirEntry[str]) -> bool:
+      extension = _extension(entry.name)
+      if extension in extensions:
+        return True
+      plain = extension.isascii() and extension[1:].isalnum() and len(extension) <= 10
+      skipped[extension if plain else "other"] += 1
+      return False
+
+    top = [e for e in os.scandir(root) if not e.is_dir() and not _is_passed_over(e.name)]
+    flat = sorted(e.path for e in top if is_image(e))
+    by_class = {}
+    for name in subs:
+      files = [e.path for e in _files(str(root / name), ordered=True) if is_image(e)]
+      if files:
+        by_class[name] = files
+    self.skipped = dict(skipped.most_common())
     if flat and by_class:
       raise UserError(
         f"image folder {root} holds images ({os.path.basename(flat[0])}, ...) beside class folders"
         f" ({next(iter(by_class))}, ...); it must have one or the other"
       )
     if not flat and not by_class:
-      raise UserError(f"image folder {root} holds no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+      there = ", ".join(f"{count} {extension}" for extension, count in self.skipped.items())
+      raise UserError(
+        f"image folder {root} holds no images ({' '.join(sorted(extensions))})"
+        + (f", only other files: {there}" if there else "")
+      )
     if flat:
       self.class_names = ()
       return flat, [-1] * len(flat)
@@ -92,11 +159,7 @@ class FolderSource:
         f"image folder {root} has its images two levels down; name the split, one of {splits}:"
         f" folder:{root}@{next(iter(by_class))}"
       )
-    names = set(by_class)
-    if split is not None:  # a class that one split lacks must not renumber that split's labels
-      siblings = [root.parent / name for name in _SPLITS]
-      names.update(*(subfolders(s) for s in siblings if s.is_dir()))
-    self.class_names = tuple(sorted(names))
+    self.class_names = tuple(_class_names(root, split, by_class))
     label = {name: i for i, name in enumerate(self.class_names)}
     files = [f for files in by_class.values() for f in files]
     return files, [label[name] for name, files in by_class.items() for _ in files]
@@ -111,3 +174,39 @@ class FolderSource:
   def __getitem__(self, row: int) -> tuple[bytes, int]:
     with open(self.name(row), "rb") as f:
       return f.read(), int(self._labels[row])
+
+  def fingerprint(self) -> str:
+    """SHA-256 of the classes, the files' names below the folder, and the labels."""
+    found = hashlib.sha256(json.dumps(self.class_names).encode())
+    for part in (self._names, self._ends.tobytes(), self._labels.tobytes()):
+      found.update(part)
+    return found.hexdigest()
+
+
+def _check_no_splits(root: pathlib.Path, subs: list[str], split: str | None) -> None:
+  """Raises UserError if `root` holds splits: two of them, or splits alone where none is named."""
+  named = [s for known in _SPLITS for s in subs if s.lower() == known]
+  splits = _classes_in(root, named)
+  others = [s for s in subs if s not in named]
+  alone = split is None and splits and not _classes_in(root, others)
+  if len(splits) > 1 or alone:
+    raise UserError(
+      f"image folder {root} holds splits {', '.join(splits)}; name one: folder:{root}@{splits[0]}"
+    )
+
+
+def _class_names(root: pathlib.Path, split: str | None, own: Collection[str]) -> list[str]:
+  """What the labels of the split in `root`, whose class folders are `own`, number."""
+  if split is None or split.lower() in _TRAIN:
+    return sorted(own)
+  beside = [root.parent / name for name in subfolders(root.parent) if name.lower() in _SPLITS]
+  for train in beside:
+    if train.name.lower() in _TRAIN and (known := _classes_in(train)):
+      if unknown := sorted({*own} - {*known}):
+        raise UserError(
+          f"image folder {root} has classes that {train} lacks: {_few(unknown)}; those of"
+          f" {train.name}: {_few(known)}. Sort its images into folders of those names, or name a"
+          " folder of images alone, which has no labels"
+        )
+      return known
+  return sorted({*own}.union(*map(_classes_in, beside)))

@@ -26,7 +26,7 @@ from coda_jax.data import sources
 from coda_jax.data.image_stream import MAX_ATTEMPTS, ImageStream
 from coda_jax.errors import UserError
 
-MAX_UNREADABLE = 0.01  # of the images read
+MAX_UNREADABLE = 0.01  # of the images
 MAX_PART = 8  # images that grain handles as one element
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,15 @@ def local_size(batch_size: int, process_count: int) -> int:
       f"batch size {batch_size} must be a positive multiple of the {process_count} processes"
     )
   return batch_size // process_count
+
+
+def too_many_unreadable(unreadable: int, images: int, limit: float) -> bool:
+  """Whether more than the part `limit` of `images` is unreadable; one may be, if there are others.
+
+  With a limit of 0 none may be.
+  """
+  part = unreadable / max(1, images)
+  return part > limit and (unreadable > 1 or images == 1 or limit == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +132,8 @@ class Batches:
     source, class_names: what is read.
     consumed: images of the global stream handed out so far, `start` included.
     read, unreadable: attempts of this process to read an image, and those that failed. Each
-      unreadable file is logged once, as a warning. More than 1% unreadable raises UserError: judged
-      once min(1000, max(100, len(source))) were read, and at the end of an evaluation.
+      unreadable file is logged once, as a warning. Too many such files raise UserError: judged
+      once min(1000, max(100, len(source))) images were read, and at the end of an evaluation.
   """
 
   def __init__(
@@ -137,11 +146,13 @@ class Batches:
     process_index: int,
     process_count: int,
     workers: int,
+    max_unreadable: float,
   ):
     local = local_size(batch_size, process_count)
     self.source, self.class_names = stream.source, stream.source.class_names
     self.consumed, self.read, self.unreadable = start, 0, 0
     self._batch_size, self._training = batch_size, stream.rows is None
+    self._max_unreadable = max_unreadable
     self._length = -(-images // batch_size)
     self._named: set[int] = set()
     # grain handles parts of a batch: its cost per element is that of decoding a small image.
@@ -201,17 +212,20 @@ class Batches:
       row, reason = failed[-1]
       raise UserError(
         f"{MAX_ATTEMPTS} images in a row could not be read, {self.source.name(row)} among them"
-        f" ({reason})"
+        f" ({reason}); restore or remove them"
       )
     self._judge()
 
   def _judge(self, final: bool = False):
-    enough = self.read >= min(1000, max(100, len(self.source)))
-    if (enough or final) and self.unreadable > MAX_UNREADABLE * self.read:
+    if self.read < min(1000, max(100, len(self.source))) and self._max_unreadable and not final:
+      return
+    read = min(self.read, len(self.source))
+    if too_many_unreadable(len(self._named), read, self._max_unreadable):
       names = ", ".join(self.source.name(row) for row in sorted(self._named)[:3])
       raise UserError(
-        f"{self.unreadable} of {self.read} images could not be read, more than"
-        f" {MAX_UNREADABLE:.0%}: {names}{', ...' if len(self._named) > 3 else ''}"
+        f"{len(self._named)} of {read} images could not be read, more than"
+        f" {100 * self._max_unreadable:g}%: {names}{', ...' if len(self._named) > 3 else ''};"
+        " restore or remove them, or raise max_unreadable"
       )
 
   def close(self):
@@ -241,6 +255,7 @@ def train_batches(
   workers: int = 0,
   resize_ratio: float | None = 1.125,
   flip: bool = False,
+  max_unreadable: float = MAX_UNREADABLE,
 ) -> Batches:
   """Endless shuffled random crops.
 
@@ -254,6 +269,7 @@ def train_batches(
     resize_ratio: the shorter edge becomes round(resize_ratio * image_size) before the crop; None
       crops from the image as stored.
     flip: mirrors every second image at random.
+    max_unreadable: part of the images that may be unreadable; one may be, unless it is 0.
 
   Raises:
     UserError: bad spec, or a batch size that process_count does not divide; later, unreadable data.
@@ -268,6 +284,7 @@ def train_batches(
     process_index=process_index,
     process_count=process_count,
     workers=workers,
+    max_unreadable=max_unreadable,
   )
 
 
@@ -283,6 +300,7 @@ def eval_batches(
   crop: Literal["center", "random"] = "center",
   seed: int = 0,
   limit: int | None = None,
+  max_unreadable: float = MAX_UNREADABLE,
 ) -> Batches:
   """One pass over every image, in the source's order, in batches of one shape.
 
@@ -306,4 +324,5 @@ def eval_batches(
     process_index=process_index,
     process_count=process_count,
     workers=workers,
+    max_unreadable=max_unreadable,
   )

@@ -37,11 +37,12 @@ def write(path: pathlib.Path, records: Iterable[bytes]) -> None:
       writer.close()
 
 
-def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path) -> Any:
+def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path, *, mend: str) -> Any:
   """The `count` records of some files: `records[i]`, `records.__getitems__([i, j])`, `len`.
 
   Args:
     files: what the file `index` lists.
+    mend: what to do with a file that is missing or damaged, for messages.
 
   Raises:
     UserError: the package array-record is not installed; a file is missing or not whole, or they
@@ -49,14 +50,25 @@ def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path) -> Any:
   """
   _, source_type = _array_record()
   if missing := [str(f) for f in files if not f.is_file()]:
-    raise UserError(f"{index} lists files that do not exist: {', '.join(missing)}")
+    raise UserError(f"{index} lists files that do not exist: {', '.join(missing)}; {mend}")
   try:
     records = source_type([str(f) for f in files])
   except Exception as e:  # array_record raises bare types on damaged files
-    raise UserError(f"the ArrayRecord files of {index} cannot be read: {first_line(e)}") from e
+    bad = ", ".join(str(f) for f in files if not _opens(source_type, f))
+    raise UserError(
+      f"the ArrayRecord files of {index} cannot be read: {bad} ({first_line(e)}); {mend}"
+    ) from e
   if len(records) != count:
-    raise UserError(f"{index} promises {count} records, its files hold {len(records)}")
+    raise UserError(f"{index} promises {count} records, its files hold {len(records)}; {mend}")
   return records
+
+
+def _opens(source_type: type, file: pathlib.Path) -> bool:
+  try:
+    source_type([str(file)])
+  except Exception:
+    return False
+  return True
 
 
 def first_line(e: Exception) -> str:

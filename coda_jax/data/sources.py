@@ -9,14 +9,16 @@ that worker processes get a copy.
   tfds:NAME@validation        a TFDS dataset prepared as array_record, or the folder it lies in
   arrayrecord:PATH@train      what `write_arrayrecord` made
   embedded@val                the photos in the repository's assets/photos/val
+
+A path may begin with ~.
 """
 
-import importlib
+import hashlib
 import json
 import os
 import pathlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from coda_jax import outputs
@@ -24,6 +26,7 @@ from coda_jax.data import records
 from coda_jax.data.decode import UnreadableImage
 from coda_jax.data.folder import FolderSource, subfolders
 from coda_jax.data.records import first_line
+from coda_jax.data.tfds import TfdsSource
 from coda_jax.errors import UserError
 
 EMBEDDED_PHOTOS = pathlib.Path(__file__).parents[2] / "assets" / "photos"
@@ -46,11 +49,21 @@ class ImageSource(Protocol):
 
   def name(self, row: int) -> str: ...
 
+  @property
+  def skipped(self) -> Mapping[str, int]:
+    """How many files beside the images are not read, by their ending."""
+    ...
+
+  def fingerprint(self) -> str:
+    """A hash of the list of images, their labels and classes, wherever they lie."""
+    ...
+
 
 # One record: this header, the image's name in UTF-8, the encoded image up to the end.
 _RECORD = struct.Struct("<4sHi")  # magic, length of the name in bytes, label
 _RECORD_MAGIC = b"CJI1"
 _INDEX_FORMAT = "coda_jax images 1"
+_AGAIN = "remove the split's files and write it again"
 
 
 class ArrayRecordSource:
@@ -62,6 +75,8 @@ class ArrayRecordSource:
   Raises:
     UserError: missing path, unknown split, a file missing or not whole, no images.
   """
+
+  skipped: Mapping[str, int] = {}
 
   def __init__(self, path: str | os.PathLike, split: str | None = None):
     path = pathlib.Path(path).expanduser()
@@ -81,10 +96,13 @@ class ArrayRecordSource:
       self.class_names, count = tuple(index["class_names"]), index["images"]
       files = [path / name for name in index["files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
-      raise UserError(f"{index_file} is no list of ArrayRecord images ({e})") from e
+      raise UserError(
+        f"{index_file} is no list of ArrayRecord images ({e}); restore it, or {_AGAIN}"
+      ) from e
     if not count:
       raise UserError(f"{index_file} lists no images")
-    self._records = records.read(files, count, index_file)
+    self._records = records.read(files, count, index_file, mend=f"restore it, or {_AGAIN}")
+    self._index = [index, [file.stat().st_size for file in files]]
     self._where = f"{path}@{split}"
 
   def __len__(self) -> int:
@@ -110,6 +128,10 @@ class ArrayRecordSource:
       return f"{self._where} record {row} ({self._parse(row)[0]})"
     except UnreadableImage:
       return f"{self._where} record {row}"
+
+  def fingerprint(self) -> str:
+    """SHA-256 of the index and of the files' sizes."""
+    return hashlib.sha256(json.dumps(self._index, sort_keys=True).encode()).hexdigest()
 
 
 def write_arrayrecord(
@@ -152,63 +174,6 @@ def _record(source: ImageSource, row: int) -> bytes:
   data, label = source[row]
   name = os.path.basename(source.name(row)).encode(errors="replace")
   return _RECORD.pack(_RECORD_MAGIC, len(name), label) + name + data
-
-
-class TfdsSource:
-  """A prepared TFDS dataset with the features `image` and, for labels, `label`.
-
-  Read through `tfds.data_source`, without TensorFlow; images come encoded, as stored.
-
-  Raises:
-    UserError: tensorflow-datasets is not installed, unknown dataset or split, not prepared as
-      array_record, or no images in it.
-  """
-
-  def __init__(self, name: str, split: str):
-    try:
-      tfds = importlib.import_module("tensorflow_datasets")
-    except ImportError as e:
-      raise UserError(
-        "tfds: needs tensorflow-datasets, the extra 'tfds': pip install 'coda_jax[tfds]'"
-      ) from e
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    try:
-      if os.path.isfile(os.path.join(name, "dataset_info.json")):
-        builder = tfds.builder_from_directory(name)
-        self._examples = builder.as_data_source(split=split, decoders=decoders)
-      else:
-        self._examples = tfds.data_source(name, split=split, download=False, decoders=decoders)
-    except Exception as e:  # tfds raises all sorts
-      raise UserError(
-        f"cannot open tfds:{name}@{split}: {first_line(e)} (prepare it with `tfds build"
-        f" {name} --file_format=array_record`; TFDS_DATA_DIR says where datasets lie)"
-      ) from e
-    features = self._examples.dataset_info.features
-    if "image" not in features:
-      raise UserError(f"tfds:{name} has no feature 'image', only {', '.join(features)}")
-    if not len(self._examples):
-      raise UserError(f"tfds:{name}@{split} holds no images")
-    self.class_names = tuple(
-      getattr(features["label"], "names", None) or () if "label" in features else ()
-    )
-    self._where = f"tfds:{name}@{split}"
-
-  def __len__(self) -> int:
-    return len(self._examples)
-
-  def __getitem__(self, row: int) -> tuple[bytes, int]:
-    try:
-      example = self._examples[row]
-    except Exception as e:
-      raise UnreadableImage(first_line(e)) from e
-    return example["image"], int(example["label"]) if self.class_names else -1
-
-  def name(self, row: int) -> str:
-    try:
-      file = self._examples[row]["file_name"]
-    except Exception:  # the record is damaged, or the dataset does not keep names
-      return f"{self._where} row {row}"
-    return f"{self._where} row {row} ({file.decode(errors='replace')})"
 
 
 def _open_embedded(path: str, split: str | None) -> ImageSource:

@@ -12,11 +12,13 @@ windows follow one another.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import struct
 import threading
+from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -32,6 +34,8 @@ _HEADER = struct.Struct("<4sHHII")  # magic, bytes of an id, 0, images, tokens o
 _MAGIC = b"CJT1"
 _ID_TYPES = {2: "<u2", 4: "<i4"}  # by their bytes
 _WINDOW = 256
+_KEYS = frozenset({"complete", "class_names", "patch_sizes", "shards"})
+_MEND = "restore it, or remove it and run the same `coda_jax.tokenize_dataset` again"
 
 
 def id_type(codebook_size: int) -> type:
@@ -59,15 +63,20 @@ def unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def read_manifest(path: str | os.PathLike) -> dict:
   """The manifest of a directory. Raises UserError if the directory holds no tokens."""
-  file = pathlib.Path(path) / MANIFEST
+  file = pathlib.Path(path).expanduser() / MANIFEST
   if not file.is_file():
     raise UserError(f"{path} holds no tokens: no {MANIFEST}; `coda_jax.tokenize_dataset` makes it")
   try:
     manifest = json.loads(file.read_text())
     if manifest["format"] != FORMAT:
       raise ValueError(f"format {manifest['format']!r}")
-  except (ValueError, KeyError) as e:
-    raise UserError(f"{file} is no manifest of tokens ({e})") from e
+    if missing := _KEYS - manifest.keys():
+      raise ValueError(f"without {', '.join(sorted(missing))}")
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(
+      f"{file} is no manifest of tokens ({e}); restore it, or remove {path} and run"
+      " `coda_jax.tokenize_dataset` again"
+    ) from e
   return manifest
 
 
@@ -83,22 +92,25 @@ class TokenSource:
     UserError: no tokens there, an unfinished directory, or files missing or not whole.
   """
 
+  skipped: Mapping[str, int] = {}
+
   def __init__(self, path: str | os.PathLike):
-    self.path, self.manifest = pathlib.Path(path), read_manifest(path)
+    self.path, self.manifest = pathlib.Path(path).expanduser(), read_manifest(path)
     if not self.manifest["complete"]:
       raise UserError(f"{path} is unfinished: run the same `coda_jax.tokenize_dataset` again")
     self.class_names = tuple(self.manifest["class_names"])
     self.tokens = sum(p * p for p in self.manifest["patch_sizes"])
-    files = [self.path / shard["file"] for shard in self.manifest["shards"] if shard["images"]]
+    self._shards = [s for s in self.manifest["shards"] if s["images"]]
+    self._files = [self.path / s["file"] for s in self._shards]
     sizes = [
       min(RECORD_IMAGES, shard["images"] - start)
-      for shard in self.manifest["shards"]
+      for shard in self._shards
       for start in range(0, shard["images"], RECORD_IMAGES)
     ]
     self.sizes = np.asarray(sizes, np.int64)
     if not sizes:
       raise UserError(f"{path} holds no images")
-    self._records = records.read(files, len(sizes), self.path / MANIFEST)
+    self._records = records.read(self._files, len(sizes), self.path / MANIFEST, mend=_MEND)
 
   def __len__(self) -> int:
     return int(self.sizes.sum())
@@ -108,9 +120,23 @@ class TokenSource:
     try:
       found = [unpack(r) for r in self._records.__getitems__([int(r) for r in rows])]
     except Exception as e:
-      raise UserError(f"the token files of {self.path} are damaged: {e}") from e
+      raise UserError(f"{self._first_damaged(rows)} is damaged ({e}); {_MEND}") from e
     ids, labels = zip(*found, strict=True)
     return np.concatenate(ids), np.concatenate(labels)
+
+  def _first_damaged(self, rows) -> pathlib.Path:
+    """The file that holds the first of some records that is not one."""
+    ends = np.cumsum([-(-s["images"] // RECORD_IMAGES) for s in self._shards])
+    for row in map(int, rows):
+      try:
+        unpack(self._records[row])
+      except Exception:
+        return self._files[int(np.searchsorted(ends, row, "right"))]
+    return self.path
+
+  def fingerprint(self) -> str:
+    """SHA-256 of the manifest."""
+    return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
 
 class _Stream:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from coda_jax.data import decode, sources
+from coda_jax.data import decode, metadata, sources
 from coda_jax.errors import UserError
 
 log = logging.getLogger("coda_jax")
@@ -92,7 +92,8 @@ class WholeImages:
     found = set()
     for i, name in enumerate(self.names):
       try:
-        size = Image.open(io.BytesIO(self.read(i))).size  # the header alone
+        header = metadata.without_metadata(self.read(i))
+        size = Image.open(io.BytesIO(header)).size  # decodes no pixels
       except Exception:  # reported when it is decoded
         continue
       fitted = self._fitted(size)

@@ -13,6 +13,7 @@ from coda_jax import arrays, sharding, weights
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import MaskGITTrainConfig
 from coda_jax.data import tokens
+from coda_jax.data.inventory import Inventory, describe
 from coda_jax.errors import UserError
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training.accumulate import over_micro_batches
@@ -172,6 +173,11 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     return new, metrics
 
   # Data, evaluation, export.
+
+  def inventory(self) -> dict[str, Inventory]:
+    """See `Trainer`."""
+    sources = {"data.train": self.train_tokens, "data.eval": self.eval_tokens}
+    return {key: describe(s, str(s.path)) for key, s in sources.items() if s is not None}
 
   def _local_batches(self, start: int) -> tokens.TokenBatches:
     return self._batches_of(self.train_tokens, self.config.data.batch_size, start)

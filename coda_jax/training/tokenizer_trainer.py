@@ -15,6 +15,7 @@ from coda_jax import arrays, sharding, weights
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
+from coda_jax.data.inventory import Inventory, describe
 from coda_jax.errors import UserError
 from coda_jax.evaluation.codebook import code_age, count_codes
 from coda_jax.evaluation.evaluator import evaluate
@@ -291,6 +292,14 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
 
   # Data, evaluation, export.
 
+  def inventory(self) -> dict[str, Inventory]:
+    """See `Trainer`."""
+    data = self.config.data
+    return {
+      "data.train": describe(self.train_images, data.train),
+      "data.eval": describe(self.eval_images, data.eval),
+    }
+
   def _local_batches(self, start: int):
     data = self.config.data
     return pipeline.train_batches(
@@ -304,6 +313,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       workers=data.workers,
       resize_ratio=data.resize_ratio,
       flip=data.flip,
+      max_unreadable=data.max_unreadable,
     )
 
   def _picked(self, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -336,6 +346,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       workers=config.data.workers,
       resize_ratio=config.data.resize_ratio,
       limit=config.eval.images or None,
+      max_unreadable=config.data.max_unreadable,
     ) as batches:
       function = functools.partial(self._reconstruct, state.ema, self._frozen)
       return evaluate(function, batches, mesh=self.mesh).summary()

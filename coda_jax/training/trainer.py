@@ -11,6 +11,7 @@ import numpy as np
 
 from coda_jax import sharding
 from coda_jax.arrays import Arrays, Tree
+from coda_jax.data.inventory import Inventory
 from coda_jax.training import checkpoints
 from coda_jax.training.logging import parameter_summary, parameter_table
 
@@ -99,6 +100,10 @@ class Trainer(abc.ABC, Generic[State, Batch]):
   def _picked(self, batch: dict[str, np.ndarray]) -> Any:
     """The part of a local batch that `_update` takes."""
     return batch
+
+  @abc.abstractmethod
+  def inventory(self) -> dict[str, Inventory]:
+    """What the run reads, by the key of the config that names it."""
 
   @abc.abstractmethod
   def metric_names(self) -> Sequence[str]:

@@ -9,14 +9,18 @@ tokenizer/ or generator/     the result
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from coda_jax import config, outputs
+from coda_jax.data import inventory
+from coda_jax.data.inventory import Inventory
 from coda_jax.errors import UserError
 
 CONFIG = "config.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
-_RECORDS = ("metrics.jsonl", "parameters.txt", "data.json")
+_RECORDS = ("metrics.jsonl", "parameters.txt", DATA)
 
 
 def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
@@ -33,7 +37,7 @@ def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
     UserError: it holds a run with another config, or something that is no run and would be lost.
   """
   file, checkpoints, result = workdir / CONFIG, workdir / CHECKPOINTS, workdir / product
-  saved = [p for p in checkpoints.glob("*") if p.name.isdigit()]
+  saved = _steps(workdir)
   theirs = _read(file) or _read(checkpoints / CONFIG)
   if theirs is None and saved:
     raise UserError(
@@ -67,9 +71,28 @@ def _holds_something(path: pathlib.Path) -> bool:
   return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
-def claim(workdir: pathlib.Path, fields: dict) -> None:
-  """Writes the config to the folder of a run whose data and networks were found."""
+def check_data(workdir: pathlib.Path, found: Mapping[str, Inventory], accept: bool) -> None:
+  """Checks that a run with checkpoints goes on with the data with which it began.
+
+  Args:
+    found: what the run would read, by config key.
+    accept: go on with other data, with a warning.
+
+  Raises:
+    UserError: images were added or removed.
+  """
+  if _steps(workdir):
+    inventory.check_unchanged(workdir / DATA, found, accept)
+
+
+def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return [p for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdigit()]
+
+
+def claim(workdir: pathlib.Path, fields: dict, found: Mapping[str, Inventory]) -> None:
+  """Writes config and data to the folder of a run whose data and networks were found."""
   text = json.dumps(fields, indent=2) + "\n"
   (workdir / CHECKPOINTS).mkdir(exist_ok=True)
   for file in (workdir / CONFIG, workdir / CHECKPOINTS / CONFIG):
     outputs.write_text(file, text)
+  inventory.write(workdir / DATA, found)

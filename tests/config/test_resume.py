@@ -20,6 +20,7 @@ def test_what_may_change_on_resume():
     "--config.logging.every=1",
     "--config.checkpoint.keep=5",
     "--config.data.workers=2",
+    "--config.data.max_unreadable=0.1",
     "--config.remat=blocks",
   )
   c.check_resumable(allowed, there, "runs/mar")

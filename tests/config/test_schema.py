@@ -67,6 +67,7 @@ def test_the_demos_generator_has_few_tokens():
     ({"mesh": {"rules": (("", ("pipeline",)),)}}, "no mesh axis 'pipeline'"),
     ({"adversarial": {"discriminator": "gan"}}, "discriminator='gan'; it is one of none"),
     ({"data": {"batch_size": 10, "accumulation": 4}}, "batch_size=10 is not a positive multiple"),
+    ({"data": {"max_unreadable": 1.0}}, "max_unreadable=1.0; it must be at least 0 and below 1"),
     ({"kind": "maskgit"}, "config.kind='maskgit'; a tokenizer's is 'tokenizer'"),
   ],
 )

@@ -234,9 +234,36 @@ def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
 
 
 def test_a_small_source_is_judged_at_the_end_of_an_evaluation(tmp_path):
-  bad = write_damaged(tmp_path / "p", 5, {2: b""})
-  with pytest.raises(UserError, match="1 of 5 images"):
+  bad = write_damaged(tmp_path / "p", 5, dict.fromkeys((0, 2), b""))
+  with pytest.raises(UserError, match="2 of 5 images .*2.png; restore or remove them"):
     list(pipeline.eval_batches(bad, image_size=32, batch_size=2))
+  list(pipeline.eval_batches(bad, image_size=32, batch_size=2, max_unreadable=0.4))
+
+
+def test_one_of_a_few_images_may_be_unreadable(tmp_path):
+  bad = write_damaged(tmp_path / "p", 5, {2: b""})
+  batches = pipeline.eval_batches(bad, image_size=32, batch_size=2)
+  assert joined(list(batches))["valid"].sum() == 4 and batches.unreadable == 1
+  batches = pipeline.train_batches(bad, image_size=32, batch_size=10, seed=0)
+  take(batches, 30)
+  assert batches.unreadable > 1  # the one file, again and again
+  options = {"image_size": 32, "batch_size": 5, "max_unreadable": 0.0}
+  with pytest.raises(UserError, match="1 of 5 images could not be read, more than 0%"):
+    list(pipeline.eval_batches(bad, **options))
+  with pytest.raises(UserError, match="could not be read, more than 0%: .*002.png"):
+    take(pipeline.train_batches(bad, **options, seed=0), 2)
+  alone = write_damaged(tmp_path / "alone", 1, {0: b""})
+  with pytest.raises(UserError, match="1 of 1 images"):
+    list(pipeline.eval_batches(alone, image_size=32, batch_size=1))
+
+
+@pytest.mark.parametrize(
+  ("images", "limit", "most"),
+  [(5, 0.01, 1), (1, 0.5, 0), (100, 0.29, 29), (250, 0.01, 2), (9, 0.0, 0)],
+)
+def test_how_many_may_be_unreadable(images, limit, most):
+  assert not pipeline.too_many_unreadable(most, images, limit)
+  assert pipeline.too_many_unreadable(most + 1, images, limit)
 
 
 def test_nothing_readable_ends_at_once(tmp_path):
@@ -248,7 +275,8 @@ def test_nothing_readable_ends_at_once(tmp_path):
 def test_files_that_vanish_are_unreadable(tmp_path):
   vanishing = write_damaged(tmp_path / "p", 3, {})
   os.remove(vanishing.name(1))
-  with pytest.raises(UserError, match="1 of 3 images could not be read.*001.png"):
+  os.remove(vanishing.name(2))
+  with pytest.raises(UserError, match="2 of 3 images could not be read.*001.png"):
     list(pipeline.eval_batches(vanishing, image_size=32, batch_size=2))
 
 

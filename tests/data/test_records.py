@@ -16,17 +16,17 @@ def test_records_of_several_files_are_read_in_any_order(tmp_path):
   files = [tmp_path / "a", tmp_path / "b"]
   records.write(files[0], [b"0", b"1"])
   records.write(files[1], iter([b"2"]))
-  found = records.read(files, 3, tmp_path / INDEX)
+  found = records.read(files, 3, tmp_path / INDEX, mend="restore it")
   assert len(found) == 3 and found[2] == b"2"
   assert found.__getitems__([2, 0, 1]) == [b"2", b"0", b"1"]
-  with pytest.raises(UserError, match="train.json promises 4 records, its files hold 3"):
-    records.read(files, 4, tmp_path / INDEX)
+  with pytest.raises(UserError, match="promises 4 records, its files hold 3; restore it"):
+    records.read(files, 4, tmp_path / INDEX, mend="restore it")
   files[1].unlink()
-  with pytest.raises(UserError, match="train.json lists files that do not exist: .*b$"):
-    records.read(files, 3, tmp_path / INDEX)
+  with pytest.raises(UserError, match="train.json lists files that do not exist: .*b; restore it"):
+    records.read(files, 3, tmp_path / INDEX, mend="restore it")
   files[1].write_bytes(b"")
-  with pytest.raises(UserError, match="of .*train.json cannot be read"):
-    records.read(files, 3, tmp_path / INDEX)
+  with pytest.raises(UserError, match="of .*train.json cannot be read: .*/b .*; restore it"):
+    records.read(files, 3, tmp_path / INDEX, mend="restore it")
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
@@ -40,7 +40,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
   with pytest.raises(OSError, match="no disk"):
     records.write(tmp_path / "a", failing())
   assert os.listdir(tmp_path) == ["a"]
-  assert records.read([tmp_path / "a"], 1, tmp_path / INDEX)[0] == b"old"
+  assert records.read([tmp_path / "a"], 1, tmp_path / INDEX, mend="")[0] == b"old"
 
 
 def test_the_package_is_missing(tmp_path, monkeypatch):
@@ -48,5 +48,5 @@ def test_the_package_is_missing(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="needs the package array-record"):
     records.write(tmp_path / "a", [])
   with pytest.raises(UserError, match="needs the package array-record"):
-    records.read([tmp_path / "a"], 0, tmp_path / INDEX)
+    records.read([tmp_path / "a"], 0, tmp_path / INDEX, mend="")
   assert not os.listdir(tmp_path)

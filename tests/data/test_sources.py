@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 
+import numpy as np
 import pytest
 
 from coda_jax.data import sources
@@ -82,7 +83,7 @@ def test_folder_errors(tmp_path):
   (tmp_path / "mixed" / "stray.png").write_bytes(b"")
   assert "does not exist" in error(f"folder:{tmp_path}/nowhere@train")
   assert "no split 'test'; folders there: train, val" in error(f"folder:{tmp_path}/data@test")
-  assert "name the split, one of train, val" in error(f"folder:{tmp_path}/data")
+  assert "holds splits train, val; name one: " in error(f"folder:{tmp_path}/data")
   assert "holds no images" in error(f"folder:{tmp_path}/empty")
   assert "stray.png" in error(f"folder:{tmp_path}/mixed")
   assert "names no path" in error("folder:@train")
@@ -179,33 +180,44 @@ def test_tfds_is_not_installed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tfds_data(tmp_path_factory):
-  """A tiny dataset made by TFDS itself, where TFDS_DATA_DIR points."""
+  """Tiny datasets made by TFDS itself, where TFDS_DATA_DIR points."""
   tfds = pytest.importorskip(
     "tensorflow_datasets", reason="TFDS is an optional extra: pip install 'coda_jax[tfds]'"
   )
+  path = tmp_path_factory.mktemp("tfds")
 
-  class CodaTiny(tfds.core.GeneratorBasedBuilder):
-    __module__ = "coda_tiny"  # TFDS would look for the files of this module's package
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
       features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        "label": self.LABEL,
         "file_name": tfds.features.Text(),
       }
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-      return {"train": self._generate_examples(5), "validation": self._generate_examples(3)}
+      return {split: self._generate_examples(labels) for split, labels in self.LABELS.items()}
 
-    def _generate_examples(self, count):
-      for i in range(count):
+    def _generate_examples(self, labels):
+      for i, label in enumerate(labels):
         image = io.BytesIO(encode(photo(40, 52, seed=i), "jpeg"))
-        yield i, {"image": image, "label": i % 2, "file_name": f"{i}.jpg"}
+        yield i, {"image": image, "label": label, "file_name": f"{i}.jpg"}
 
-  path = tmp_path_factory.mktemp("tfds")
-  CodaTiny(data_dir=path, file_format="array_record").download_and_prepare()
+  def build(name, feature, train, validation):
+    members = {"LABEL": feature, "LABELS": {"train": train, "validation": validation}}
+    # TFDS would look for the files of this module's package.
+    cls = type(name, (Builder,), members | {"__module__": name.lower()})
+    cls(data_dir=path, file_format="array_record").download_and_prepare()
+
+  build("CodaTiny", tfds.features.ClassLabel(names=["cat", "dog"]), [0, 1, 0, 1, 0], [0, 1, 0])
+  build("CodaInteger", tfds.features.Scalar(np.int32), [2, 0, 2], [11, 1])
+  build("CodaNumbered", tfds.features.ClassLabel(num_classes=3), [0, 1], [1])
+  build("CodaNegative", tfds.features.Scalar(np.int64), [0, 1], [-1])
+  build("CodaIds", tfds.features.Scalar(np.int64), [10**9], [0])
+  build("CodaText", tfds.features.Text(), ["a"], ["b"])
+  build("CodaPair", tfds.features.Tensor(shape=(2,), dtype=np.int64), [[0, 1]], [[0, 1]])
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(path))
     patch.setattr(tfds.core.constants, "DATA_DIR", str(path))  # read at import
@@ -233,3 +245,32 @@ def test_tfds_errors(tfds_data):
   assert "['train', 'validation']" in error("tfds:coda_tiny@test")
   assert "nosuchdata not found" in error("tfds:nosuchdata@train")
   assert "tfds build mnist --file_format=array_record" in error("tfds:mnist@test")
+
+
+def tfds_labels(spec: str) -> tuple[tuple[str, ...], list[int]]:
+  source = sources.open_source(f"tfds:{spec}")
+  rows = {source.name(i): source[i][1] for i in range(len(source))}
+  return tuple(source.class_names), [rows[name] for name in sorted(rows, key=lambda n: n[-6:])]
+
+
+def test_tfds_labels_without_names(tfds_data, caplog):
+  numbers = tuple(str(i) for i in range(12))
+  with caplog.at_level("INFO"):
+    assert tfds_labels("coda_integer@train") == (numbers, [2, 0, 2])
+  assert "coda_integer@train: its labels have no names; reading them all" in caplog.text
+  assert tfds_labels(f"{tfds_data}/coda_integer/1.0.0@validation") == (numbers, [11, 1])
+  assert tfds_labels("coda_integer@train[:2]")[0] == numbers
+  assert tfds_labels("coda_numbered@train") == (("0", "1", "2"), [0, 1])
+  assert tfds_labels("coda_text@train") == ((), [-1])
+  assert tfds_labels("coda_pair@train") == ((), [-1])
+  for name, values in (("coda_negative", "-1 to 1"), ("coda_ids", "0 to 1000000000")):
+    assert f"its labels, {values}, do not number classes from 0" in error(f"tfds:{name}@train")
+
+
+def test_tfds_fingerprint(tfds_data, monkeypatch):
+  fingerprint = lambda spec: sources.open_source(f"tfds:{spec}").fingerprint()
+  same = fingerprint("coda_tiny@train")
+  monkeypatch.setenv("HOME", str(tfds_data))
+  assert fingerprint("~/coda_tiny/1.0.0@train") == same
+  others = {fingerprint(f"coda_{x}") for x in ("tiny@train[:3]", "tiny@validation", "pair@train")}
+  assert len(others | {same}) == 4

@@ -164,7 +164,10 @@ def error(path) -> str:
 def test_directories_that_cannot_be_read(tmp_path):
   assert "holds no tokens: no manifest.json" in error(tmp_path)
   (tmp_path / tokens.MANIFEST).write_text("{")
-  assert "is no manifest of tokens" in error(tmp_path)
+  assert "is no manifest of tokens (Expecting" in error(tmp_path)
+  for odd in ("[]", '{"format": "coda_jax tokens 1"}'):
+    (tmp_path / tokens.MANIFEST).write_text(odd)
+    assert f"restore it, or remove {tmp_path} and run" in error(tmp_path)
   assert "'coda_jax tokens 9'" in error(write(tmp_path, format="coda_jax tokens 9"))
   assert "is unfinished: run the same" in error(write(tmp_path, complete=False))
   assert "holds no images" in error(write(tmp_path, shards=(0, 0)))
@@ -179,8 +182,8 @@ def test_damaged_and_missing_files_are_named(tmp_path):
   records.write(file, [b"a record too few"])
   assert "promises 10 records, its files hold 9" in error(path)
   file.unlink()
-  assert f"do not exist: {file}" in error(path)
+  assert f"do not exist: {file}; restore it, or remove it and run" in error(path)
   records.write(file, [b"something else", b""])
   source = tokens.TokenSource(path)
-  with pytest.raises(UserError, match="are damaged: not a record of tokens"):
+  with pytest.raises(UserError, match=f"{file} is damaged .not a record of tokens.; .*remove it"):
     take(source, 10)

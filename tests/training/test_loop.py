@@ -76,6 +76,9 @@ class Toy(Trainer):
     self.before(int(jax.device_get(state.step)))
     return super().step(state, batch)
 
+  def inventory(self):
+    return {}
+
   def metric_names(self):
     return ["distance"]
 

@@ -29,7 +29,7 @@ def check(folder, ours, message=None):
 def run(tmp_path):
   """A run that has saved nothing yet."""
   check(tmp_path, settings())
-  workdir.claim(tmp_path, c.to_json(settings()))
+  workdir.claim(tmp_path, c.to_json(settings()), {})
   return tmp_path
 
 
