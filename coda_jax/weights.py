@@ -141,7 +141,11 @@ def write_directory(
     flat: arrays by dotted path, of any float type and strides; kept as float32. Only one of them
       is copied at a time, so `convert` can hand over views of a mapped file.
     include: directories that are copied into it, by their names there.
+
+  Raises:
+    UserError: an array is not finite, named; nothing is written.
   """
+  check_finite(flat, str(path), "nothing is written")
   path = pathlib.Path(path).absolute()
   fields = json.loads(json.dumps(fields))
   config = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
@@ -195,14 +199,25 @@ def read_config(path: Path, kind: str) -> dict:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-  """The arrays of a directory. Raises UserError if the file is missing or damaged."""
+  """The arrays of a directory. Raises UserError if the file is missing, damaged or not finite."""
   file = pathlib.Path(path) / "model.safetensors"
   try:
-    return safetensors.numpy.load_file(file)
+    flat = safetensors.numpy.load_file(file)
   except FileNotFoundError as e:
     raise UserError(f"{file} is missing") from e
   except safetensors.SafetensorError as e:
     raise UserError(f"{file} is damaged or truncated: {e}") from e
+  check_finite(flat, str(file), "the weights are damaged")
+  return flat
+
+
+def check_finite(flat: Arrays, where: str, consequence: str) -> None:
+  """Raises one UserError that names the first arrays with NaN or infinity."""
+  if bad := arrays.not_finite(flat):
+    names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    raise UserError(
+      f"{where}: {names} hold values that are not finite (NaN or infinity): {consequence}"
+    )
 
 
 def save_vae(vae: AutoencoderKL, path: Path) -> None:
