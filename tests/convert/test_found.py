@@ -1,15 +1,13 @@
-"""Published files as they are found: wrappers, averages, prefixes, shards and folders."""
+"""Published files as they are found: wrappers, averages and prefixes."""
 
 import argparse
 import collections
-import json
 import logging
 import pathlib
 import pickle as python_pickle
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 import convert
 from coda_jax import weights
@@ -18,12 +16,8 @@ from convert import files
 from tests.convert.test_convert import (
   GOLDENS,
   QUANTIZER,
-  SMALL,
   SMALL_LORA,
-  checkpoint,
-  command,
   full_size,
-  save,
   small_state,
 )
 from tests.goldens import values
@@ -209,200 +203,3 @@ def test_options_of_a_training_script_are_passed_over(tmp_path, protocol):
   assert taken(files.read(file)) == 0
   assert files.read(file)["args"] == {}
   assert files.read(file)["optimizer"] == {"a": {"lr": 1}}
-
-
-def sharded(folder, state, kind="safetensors", variant=""):
-  """Two shards and their index, as Hugging Face's libraries write them."""
-  folder.mkdir(exist_ok=True)
-  stem = "diffusion_pytorch_model"
-  parts = [dict(list(state.items())[i::2]) for i in range(2)]
-  index = {}
-  for i, part in enumerate(parts):
-    file = folder / f"{stem}{variant}-0000{i + 1}-of-00002.{kind}"
-    if kind == "bin":
-      save(file, part)
-    else:
-      safetensors.numpy.save_file(part, file)
-    index |= dict.fromkeys(part, file.name)
-  path = folder / f"{stem}.{kind}{variant}.index.json"
-  path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
-  return path
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("given", ["folder", "index"])
-def test_shards_with_an_index(tmp_path, kind, given):
-  index = sharded(tmp_path / "in", STATE, kind)
-  path = index.parent if given == "folder" else index
-  convert.convert("mar-vae", [path], tmp_path / "out")
-  flat = weights.read_arrays(tmp_path / "out")
-  np.testing.assert_array_equal(flat[PROBE], STATE[PROBE])
-  assert weights.load_vae(tmp_path / "out").config == SMALL
-
-
-def test_damaged_shards_are_named(tmp_path):
-  index = sharded(tmp_path / "in", STATE)
-  first, second = sorted(index.parent.glob("*.safetensors"))
-  state = safetensors.numpy.load_file(second)
-  lost = next(iter(state))
-  for change, message in (
-    (lambda: safetensors.numpy.save_file(state | {"odd": np.ones(2)}, second), "not name all.*odd"),
-    (
-      lambda: state.pop(lost) is None or safetensors.numpy.save_file(state, second),
-      f"lacks.*{lost}",
-    ),
-    (second.unlink, f"not there: {second.name}"),
-    (lambda: index.write_text('{"weight_map": {"a": "../b"}}'), "outside of its folder"),
-    (lambda: index.write_text('{"weight_map": [1]}'), "no index of shards"),
-    (lambda: index.write_text("{"), "no index of shards"),
-    (index.unlink, "shards without their index, diffusion_pytorch_model.safetensors.index.json"),
-  ):
-    change()
-    with pytest.raises(UserError, match=message) as e:
-      convert.convert("mar-vae", [index if index.exists() else index.parent], tmp_path / "out")
-    assert "\n" not in str(e.value)
-  with pytest.raises(
-    UserError, match=r"one of several shards; give their index, .*safetensors.index.json"
-  ):
-    convert.convert("mar-vae", [first], tmp_path / "out")
-
-
-def touched(folder, *names):
-  for name in names:
-    (folder / name).parent.mkdir(exist_ok=True, parents=True)
-    (folder / name).touch()
-
-
-@pytest.mark.parametrize(
-  ("names", "expected"),
-  [
-    (("vae.sft",), "vae.sft"),
-    (("model.safetensors", "model.bin"), "model.safetensors"),
-    (("model.sft", "model.bin", "._model.sft"), "model.sft"),
-    (("vae.pth", "optimizer.bin", "training_args.bin", "config.json"), "vae.pth"),
-    (("model_index.json", "vae/a.safetensors", "flux1-dev.safetensors"), "vae/a.safetensors"),
-    (("vae/a.safetensors", "vae/a.bin", "unet/b.bin"), "vae/a.safetensors"),
-  ],
-)
-def test_which_file_of_a_folder(tmp_path, names, expected):
-  touched(tmp_path, *names)
-  assert files.find("flux-vae", tmp_path, True) == [tmp_path / expected]
-
-
-@pytest.mark.parametrize(
-  ("names", "message"),
-  [
-    (("m.safetensors", "m.fp16.safetensors"), "several weight files.*such as .*/m.safetensors$"),
-    (("m.fp16.safetensors", "m.bin"), "several weight files.*such as .*/m.bin$"),
-    (("a.pth", "b.pth"), "name one"),
-    (("m-00001-of-00002.bin", "m-00002-of-00002.bin"), "shards without their index"),
-    (("model_index.json", "vae/config.json", "ae.safetensors"), "vae holds no weight file"),
-  ],
-)
-def test_an_unclear_folder_is_told(tmp_path, names, message):
-  touched(tmp_path, *names)
-  with pytest.raises(UserError, match=message):
-    files.find("flux-vae", tmp_path, True)
-
-
-def test_a_folder_with_shards_of_two_kinds_takes_safetensors(tmp_path):
-  index = sharded(tmp_path, STATE)
-  sharded(tmp_path, STATE, "bin")
-  assert files.find("mar-vae", tmp_path, True) == [index]
-  other = sharded(tmp_path, STATE, variant=".fp16")
-  with pytest.raises(UserError, match=f"several weight files .*{other.name}"):
-    files.find("mar-vae", tmp_path, True)
-
-
-def test_averaged_and_plain_files_are_not_mixed(tmp_path):
-  folder = checkpoint(tmp_path / "source")
-  (folder / "quantizer_ema.pth").rename(folder / "quantizer.pth")
-  with pytest.raises(UserError, match="holds vae_ema but no quantizer_ema$"):
-    files.find("coda-mar", folder, True)
-  save(folder / "vae.pth", STATE)
-  with pytest.raises(UserError, match="; --no-ema takes what is not averaged"):
-    files.find("coda-mar", folder, True)
-  assert [p.name for p in files.find("coda-mar", folder, False)] == ["vae.pth", "quantizer.pth"]
-  (folder / "vae.pth").unlink()
-  with pytest.raises(UserError, match="holds no vae.pth$"):
-    files.find("coda-mar", folder, False)
-
-
-@pytest.mark.parametrize(
-  ("fields", "expected"),
-  [
-    ({"scaling_factor": None}, {}),
-    ({"scaling_factor": None, "shift_factor": None, "force_upcast": True}, {}),
-    ({"scaling_factor": None, "shift_factor": 0.5}, {"shift": 0.5}),
-    ({"scaling_factor": 2}, {"scale": 2, "shift": 0.0}),
-    ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, {"scale": 1.5305, "shift": 0.0609}),
-    ({"shift_factor": 0.5, "norm_num_groups": 16}, {"shift": 0.5, "norm_groups": 16}),
-    ({"force_upcast": True}, {}),
-    ([1], {}),
-  ],
-)
-def test_the_config_of_diffusers(tmp_path, fields, expected):
-  (tmp_path / "config.json").write_text(json.dumps(fields))
-  assert files.diffusers_options(tmp_path / "vae.safetensors") == expected
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [{"scaling_factor": True}, {"shift_factor": "0.5"}, {"norm_num_groups": 16.5}],
-)
-def test_a_damaged_config_of_diffusers(tmp_path, fields):
-  (tmp_path / "config.json").write_text(json.dumps(fields))
-  with pytest.raises(UserError, match=f"config.json is damaged: .*{next(iter(fields))}"):
-    files.diffusers_options(tmp_path / "vae.safetensors")
-
-
-def test_home_is_expanded(tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
-  checkpoint(tmp_path / "source")
-  options = {"patch_sizes": (8,), "image_size": 16}
-  convert.convert("coda-mar", ["~/source"], "~/out", **options)
-  convert.to_torch("~/out", pathlib.Path("~/torch"))
-  assert (tmp_path / "torch" / "vae_ema.pth").is_file()
-  with pytest.raises(UserError, match=f"{tmp_path}/out exists and is not empty"):
-    convert.convert("coda-mar", ["~/source"], "~/out", **options)
-
-
-@pytest.mark.parametrize(
-  ("words", "code", "message"),
-  [
-    (("--scale", "nan"), 1, "scale is nan"),
-    (("--scale=-inf",), 1, "scale is -inf"),
-    (("--scale", "0"), 1, "scale is 0"),
-    (("--scale", "1e-50"), 1, "scale is 1e-50"),
-    (("--shift", "nan"), 1, "shift is nan"),
-    (("--norm-groups", "0"), 1, "norm_groups is 0; it must be at least 1"),
-    (("--norm-groups", "-32"), 1, "norm_groups is -32; it must be at least 1"),
-    (("--norm-groups", "7"), 1, "vae.ch is 32, not a multiple of norm_groups=7"),
-    (("--patch-sizes", ""), 2, "no list of sizes"),
-    (("--patch-sizes", "1,,8"), 2, "no list of sizes"),
-    (("--patch-sizes", "0,8"), 1, "patch sizes are 0,8; give sides of at least 1 that increase"),
-    (("--patch-sizes", "-1,8"), 2, "expected one argument"),
-    (("--patch-sizes=-1,8",), 1, "patch sizes are -1,8"),
-    (("--patch-sizes", "2,1,8"), 1, "that increase"),
-    (("--patch-sizes", "1,8,8"), 1, "that increase"),
-    (("--patch-sizes", "1,9"), 1, "must end with 8"),
-    (("--image-size", "0"), 1, "image size is 0"),
-    (("--image-size", "-16"), 1, "image size is -16"),
-    (("--image-size", "17"), 1, "17x17 is not a multiple"),
-  ],
-)
-def test_options_out_of_range(tmp_path, monkeypatch, capsys, words, code, message):
-  folder = checkpoint(tmp_path / "source")
-  usual = [] if "--patch-sizes" in words[0] else ["--patch-sizes", "1,8"]
-  usual += [] if words[0] == "--image-size" else ["--image-size", "16"]
-  all_words = ("coda-mar", folder, "--output", tmp_path / "out", *usual, *words)
-  found, line = command(monkeypatch, capsys, *all_words)
-  assert (found, message in line) == (code, True), line
-  assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("sizes", [(), (1.5, 8), "1,8", (1, None)])
-def test_patch_sizes_from_python(tmp_path, sizes):
-  folder = checkpoint(tmp_path / "source")
-  with pytest.raises(UserError, match="the patch sizes are"):
-    convert.convert("coda-mar", [folder], tmp_path / "out", patch_sizes=sizes)
