@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Arrays = dict[str, Any]  # of jax or NumPy arrays, or of their shapes or shardings
@@ -82,3 +83,9 @@ def jit_module(function: Callable) -> Callable[[nnx.Module], Callable]:
     return function(merge(graphdef, arrays), *args)
 
   return lambda module: functools.partial(compiled, *split(module))
+
+
+def not_finite(arrays: Mapping[str, Any]) -> list[str]:
+  """Names of the arrays that hold NaN or infinity as float32; one is cast at a time."""
+  with np.errstate(over="ignore", invalid="ignore"):
+    return [k for k, x in arrays.items() if not np.isfinite(np.asarray(x, np.float32)).all()]

@@ -143,8 +143,10 @@ def write_directory(
     include: directories of weights that are copied into it, by their names there.
 
   Raises:
-    UserError: `path` holds something else, which would be lost.
+    UserError: an array is not finite, named, or `path` holds something else, which would be lost;
+      nothing is written.
   """
+  check_finite(flat, str(path), "nothing is written")
   path = pathlib.Path(path).expanduser()
   outputs.check_output(path, kind, overwrite=True)
   fields = json.loads(json.dumps(fields))
@@ -201,14 +203,25 @@ def read_config(path: Path, kind: str) -> dict:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-  """The arrays of a directory. Raises UserError if the file is missing or damaged."""
+  """The arrays of a directory. Raises UserError if the file is missing, damaged or not finite."""
   file = pathlib.Path(path).expanduser() / "model.safetensors"
   try:
-    return safetensors.numpy.load_file(file)
+    flat = safetensors.numpy.load_file(file)
   except FileNotFoundError as e:
     raise UserError(f"{file} is missing") from e
   except safetensors.SafetensorError as e:
     raise UserError(f"{file} is damaged or truncated: {e}") from e
+  check_finite(flat, str(file), "the weights are damaged")
+  return flat
+
+
+def check_finite(flat: Arrays, where: str, consequence: str) -> None:
+  """Raises one UserError that names the first arrays with NaN or infinity."""
+  if bad := arrays.not_finite(flat):
+    names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    raise UserError(
+      f"{where}: {names} hold values that are not finite (NaN or infinity): {consequence}"
+    )
 
 
 def save_vae(vae: AutoencoderKL, path: Path) -> None:

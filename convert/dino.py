@@ -29,6 +29,8 @@ LAYOUT = Layout(
     Rule("{norm}.weight", "{norm}.scale"),
     Rule("weight", "kernel", LINEAR),
   ),
+  networks=("backbone",),  # beside DINO's own head in a training checkpoint
+  averages=("teacher",),
   # The last norm, which the discriminator does not use; a classifier; constants of the official
   # module.
   carried=(r"norm\.(weight|bias)", r"head\..*", r"x_(scale|shift)"),

@@ -39,6 +39,7 @@ DIFFUSERS = Layout(
     *("group_norm", "to_q", "to_k", "to_v", "to_out"),
     *("conv", "weight", "bias", "lora_layer"),
   ),
+  networks=mar_vae.NETWORKS,
 )
 
 SINGLE_FILE = Layout(

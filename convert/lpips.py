@@ -1,6 +1,6 @@
 """LPIPS: torchvision's VGG16 and the heads of the `lpips` package."""
 
-from .rules import CONV, Layout, Rule, Transform
+from .rules import CONV, WRAPPERS, Layout, Rule, Transform
 
 _CONVS = (  # torchvision numbers ReLU and pooling too
   *((0, "conv1_1"), (2, "conv1_2"), (5, "conv2_1"), (7, "conv2_2")),
@@ -21,6 +21,7 @@ LAYOUT = Layout(
     *(Rule(f"net.slice{name[4]}.{n}", f"vgg.{name}") for n, name in _CONVS),
     *(Rule(f"lin{n}.model.1.weight", f"heads.{n}", _HEAD) for n in range(5)),
   ),
+  wrappers=tuple(w for w in WRAPPERS if w != "net"),  # the whole LPIPS module's VGG16 is `net.`
   # The classifier; the whole LPIPS module's constants, and its heads a second time.
   carried=(r"classifier\..*", r"scaling_layer\..*", r"lins\..*"),
 )

@@ -20,6 +20,8 @@ ORDER = (
   *("conv", "weight", "bias", "lora_layer"),
 )
 
+NETWORKS = ("vae", "first_stage_model", "autoencoder")  # of a whole pipeline in one file
+
 LAYOUT = Layout(
   title="MAR's KL-16 VAE",
   marks=(r"encoder\.down\.\d+\.block\..*",),
@@ -27,4 +29,5 @@ LAYOUT = Layout(
   order=ORDER,
   # LDM's training keeps its discriminator and LPIPS in the same state dict.
   carried=(r"loss\..*", r".*\.num_batches_tracked", r"model_ema\.(decay|num_updates)"),
+  networks=NETWORKS,
 )

@@ -16,7 +16,7 @@ from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, Quantiz
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
 
-from . import coda, dino, flux_vae, lpips, mar_vae, rules, shapes
+from . import coda, dino, flux_vae, lpips, mar_vae, relatives, rules, shapes, unwrapping
 from .rules import Entry, Layout
 
 State = Mapping[str, Any]
@@ -37,6 +37,7 @@ MAR = Family((mar_vae.LAYOUT,), MAR_VAE, MAR_PATCH_SIZES)
 FLUX = Family((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, FLUX_PATCH_SIZES)
 _FAMILIES = {"mar-vae": MAR, "flux-vae": FLUX, "coda-mar": MAR, "coda-flux": FLUX}
 LAYOUTS = (*_FAMILIES, "dino", "lpips")
+_TINY, _HUGE = 1e-30, 1e30  # float32 holds what lies between, and its inverse
 
 
 def check_layout(layout: str) -> None:
@@ -90,11 +91,16 @@ def read_vae(
   scale: float | None = None,
   shift: float | None = None,
   norm_groups: int = 32,
+  ema: bool = True,
 ) -> tuple[VAEConfig, LoRAConfig | None, Entries]:
   """The autoencoder of a state; with `lora`, its adapters too. Raises as `read`."""
   family = _FAMILIES[layout]
-  if scale == 0:
-    raise UserError("the latents' scale is 0; it must be another number")
+  if scale is not None and not _TINY < abs(scale) < _HUGE:
+    raise UserError(f"the latents' scale is {scale}; it must be a number other than 0 (--scale)")
+  if shift is not None and not abs(shift) < _HUGE:
+    raise UserError(f"the latents' shift is {shift}; it must be a number (--shift)")
+  if norm_groups < 1:
+    raise UserError(f"norm_groups is {norm_groups}; it must be at least 1 (--norm-groups)")
 
   def describe(found):
     config = shapes.vae_config(
@@ -107,12 +113,19 @@ def read_vae(
     adapters = shapes.lora_config(found) if lora else None
     return (config, adapters), shapes.of_vae(config, adapters)
 
-  (config, adapters), entries = _fit(layout, family.layouts, state, where, describe)
+  (config, adapters), entries = _fit(layout, family.layouts, state, where, describe, ema)
+  z, usual = config.z_channels, family.default.z_channels
+  if scale is None and z != usual and not lora:
+    known = f" {relatives.STABLE_DIFFUSION} is not supported as it is." if z == 4 else ""
+    raise UserError(
+      f"{where} has {z} latent channels, {family.layouts[0].title} has {usual}.{known} "
+      "The published scale is not that of its latents: give --scale and --shift"
+    )
   return config, adapters, entries
 
 
 def read_quantizer(
-  state: State, where: str, patch_sizes: Sequence[int]
+  state: State, where: str, patch_sizes: Sequence[int], ema: bool = True
 ) -> tuple[QuantizerConfig, Entries]:
   """The quantizer of a state. Raises as `read`."""
 
@@ -120,7 +133,7 @@ def read_quantizer(
     config = shapes.quantizer_config(found, tuple(patch_sizes))
     return config, shapes.of_quantizer(config)
 
-  return _fit("quantizer", (coda.QUANTIZER,), state, where, describe)
+  return _fit("quantizer", (coda.QUANTIZER,), state, where, describe, ema)
 
 
 def _read_tokenizer(
@@ -129,8 +142,19 @@ def _read_tokenizer(
   *,
   patch_sizes: Sequence[int] | None = None,
   image_size: int = 256,
+  ema: bool = True,
   **options,
 ) -> tuple[TokenizerConfig, Entries]:
+  if patch_sizes is None:
+    patch_sizes = _FAMILIES[layout].patch_sizes
+  sides = [n for n in patch_sizes if isinstance(n, int | np.integer) and n > 0]
+  if not sides or list(patch_sizes) != sorted(set(sides)):
+    raise UserError(
+      f"the patch sizes are {','.join(map(str, patch_sizes)) or 'none'}; "
+      "give sides of at least 1 that increase (--patch-sizes)"
+    )
+  if image_size < 1:
+    raise UserError(f"the image size is {image_size}; it must be at least 1 (--image-size)")
   if len(states) == 1:  # both files' entries in one dict
     ((where, state),) = states
     is_quantizer = {k: k.startswith(("codebooks.", "attn.")) for k in state}
@@ -139,10 +163,8 @@ def _read_tokenizer(
       (where, {k: v for k, v in state.items() if is_quantizer[k]}),
     ]
   (vae_where, vae_state), (quantizer_where, quantizer_state) = states
-  vae, lora, vae_entries = read_vae(layout, vae_state, vae_where, lora=True, **options)
-  quantizer, quantizer_entries = read_quantizer(
-    quantizer_state, quantizer_where, patch_sizes or _FAMILIES[layout].patch_sizes
-  )
+  vae, lora, vae_entries = read_vae(layout, vae_state, vae_where, lora=True, ema=ema, **options)
+  quantizer, quantizer_entries = read_quantizer(quantizer_state, quantizer_where, patch_sizes, ema)
   try:
     config = TokenizerConfig(vae=vae, quantizer=quantizer, lora=lora, image_size=image_size)
   except UserError as e:
@@ -151,10 +173,12 @@ def _read_tokenizer(
   return config, entries | {f"quantizer.{k}": e for k, e in quantizer_entries.items()}
 
 
-def _read_lpips(states: Sequence[tuple[str, State]]) -> tuple[dict, Entries]:
+def _read_lpips(states: Sequence[tuple[str, State]], ema: bool = True) -> tuple[dict, Entries]:
   merged: dict[str, Any] = {}
   for where, state in states:
-    part = rules.unwrapped(lpips.LAYOUT, state, where)
+    part = unwrapping.tensors(
+      lpips.LAYOUT, unwrapping.opened(lpips.LAYOUT, state, where, ema), where
+    )
     if twice := sorted(set(merged) & set(part)):
       raise UserError(f"{where}: entries that another file holds too: {rules.listed(twice)}")
     merged |= part
@@ -163,11 +187,16 @@ def _read_lpips(states: Sequence[tuple[str, State]]) -> tuple[dict, Entries]:
 
 
 def _read_frozen(
-  kind: str, layout: Layout, make: Callable[[], nnx.Module], state: State, where: str
+  kind: str,
+  layout: Layout,
+  make: Callable[[], nnx.Module],
+  state: State,
+  where: str,
+  ema: bool = True,
 ) -> tuple[dict, Entries]:
   """A network without settings."""
   expected = weights.expected_shapes(make)
-  return _fit(kind, (layout,), state, where, lambda _: ({"kind": kind}, expected))
+  return _fit(kind, (layout,), state, where, lambda _: ({"kind": kind}, expected), ema)
 
 
 def _fit(
@@ -176,6 +205,7 @@ def _fit(
   state: State,
   where: str,
   describe: Callable[[shapes.Shapes], tuple[Any, shapes.Shapes]],
+  ema: bool = True,
 ) -> tuple[Any, Entries]:
   """The config that `describe` finds in the shapes, and the entries, which fit it exactly.
 
@@ -183,14 +213,15 @@ def _fit(
     UserError: the keys are those of no layout, or entries are missing, extra or misshapen.
   """
   flat: Flat = {}
+  opened = unwrapping.opened(layouts[0], state, where, ema)
   for layout in layouts:
-    flat = rules.unwrapped(layout, state, where)
+    flat = unwrapping.tensors(layout, opened, where)
     if all(any(rules.matches([mark], k) for k in flat) for mark in layout.marks):
       break
   else:
     titles = " nor of ".join(layout.title for layout in layouts)
     some = ", ".join(list(flat)[:3])
-    hint = _hint(flat, command)
+    hint = _checked_hint(flat, command, where)
     raise UserError(f"{where} does not have the keys of {titles}{hint}; it has {some}, ...")
   entries = rules.rename(layout, flat, where)
   try:
@@ -198,30 +229,14 @@ def _fit(
     if problems := rules.check(layout, entries, expected):
       raise UserError(rules.listed(problems))
   except UserError as e:
-    raise UserError(f"{where} is not {layout.title}{_hint(flat, command)}: {e}") from e
+    hint = _checked_hint(flat, command, where)
+    raise UserError(f"{where} is not {layout.title}{hint}: {e}") from e
   return config, entries
 
 
-def _hint(flat: Flat, command: str) -> str:
-  """Which command the file seems to be for, if it is another."""
-  adapted = any(".lora_layer." in k for k in flat)
-
-  def has(start):
-    return any(k.startswith(start) for k in flat)
-
-  if has("codebooks."):
-    other = "coda-mar or coda-flux, with the folder that holds it and the VAE"
-  elif has("encoder.down_blocks."):
-    other = "coda-flux" if adapted else "flux-vae"
-  elif has("encoder.down."):
-    other = ("coda-mar" if adapted else "mar-vae") if has("quant_conv.") else "flux-vae"
-  elif has(("features.", "lin0.")):
-    other = "lpips"
-  elif has(("VGG16_0.", "NetLinLayer_0.")):
-    other = "lpips --from-package"
-  elif has("blocks.0.attn.qkv."):
-    other = "dino"
-  else:
-    return ""
-  known = command in (other, "quantizer")
-  return "" if known else f" (such files are for `python -m convert {other}`)"
+def _checked_hint(flat: Flat, command: str, where: str) -> str:
+  """The hint at another command. Raises UserError if there is none, for a known relative."""
+  found = {k: v.shape for k, v in flat.items()}
+  if name := relatives.unsupported(found):
+    raise UserError(f"{where} is {name}, which is not supported; {relatives.SUPPORTED}") from None
+  return relatives.hint(found, command)

@@ -7,10 +7,10 @@ in order, each on the result of the one before; read from right to left they ren
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from coda_jax import arrays
 from coda_jax.errors import UserError
 
 SHOWN = 20  # entries that an error lists before "and N more"
@@ -61,6 +61,10 @@ class Rule:
   transform: Transform | None = None
 
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "_orig_mod", "online_model")
+WRAPPERS += ("params", "weights", "student", "generator", "net")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """How one published file names and stores a network.
@@ -71,9 +75,10 @@ class Layout:
     rules: see the module.
     order: parts of keys in the order in which PyTorch lists them; needed to write the layout.
     carried: regular expressions of entries that files of this layout may hold besides.
-    wrappers: keys under which training scripts put the weights.
+    wrappers: keys or first parts of keys under which training scripts put the weights.
     beside: regular expressions of what may lie beside a wrapper.
-    prefixes: what may stand before every key.
+    networks: first parts of keys that mark this network among others, which are left out.
+    averages: keys of averaged weights that are not called so.
   """
 
   title: str
@@ -81,12 +86,16 @@ class Layout:
   rules: tuple[Rule, ...]
   order: tuple[str, ...] = ()
   carried: tuple[str, ...] = ()
-  wrappers: tuple[str, ...] = ("state_dict", "model")
+  wrappers: tuple[str, ...] = WRAPPERS
   beside: tuple[str, ...] = (
-    r"(global_)?step|epoch|best_\w+|args|config|hparams|hyper_parameters|callbacks|loops",
-    r"optimizer\w*|scaler|scheduler|lr_scheduler\w*|pytorch-lightning_version|hparams_name",
+    r"\w*(args|config|cfg|hparams|hyper_parameters|meta|metadata|version|hparams_name)|name|arch|seed",
+    r"\w*(step|epoch|iter|update|time|date)s?|\w*iterations?|initted|n_averaged|\w*decay",
+    r"best_\w+|\w*(metric|callback|loop|rng|random|sampler|dataloader|datamodule)\w*",
+    r"\w*(optim|sched|scaler|amp_|grad|disc|loss|lpips|percep|critic|wandb|Plugin|Precision)\w*|opt(_\w+)?|lr\w*",
+    r"pytorch-lightning_version|collected_params|online_\w*|inv_gamma|power|amp",
   )
-  prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
+  networks: tuple[str, ...] = ()
+  averages: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,48 +109,6 @@ class Entry:
   @property
   def ours(self) -> np.ndarray:
     return self.transform.to_ours(self.array)
-
-
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-  """Nested dicts as one dict with dotted keys."""
-  out = {}
-  for key, value in node.items():
-    if isinstance(value, Mapping):
-      out.update(flatten(value, f"{prefix}{key}."))
-    else:
-      out[f"{prefix}{key}"] = value
-  return out
-
-
-def unwrapped(layout: Layout, state: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
-  """The arrays of `state` without what the layout's table says lies around and beside them.
-
-  Raises:
-    UserError: no arrays, or something that is none.
-  """
-  for wrapper in layout.wrappers:
-    if isinstance(state.get(wrapper), Mapping):
-      extra = [k for k in state if k != wrapper and not matches(layout.beside, str(k))]
-      if extra:
-        raise UserError(f"{where}: unknown beside {wrapper!r}: {listed(map(str, extra))}")
-      state = state[wrapper]
-      break
-  try:
-    flat = flatten(state)
-  except RecursionError as e:
-    raise UserError(f"{where}: a dict that holds itself") from e
-  prefixes = True
-  while prefixes and flat:
-    prefixes = [p for p in layout.prefixes if all(k.startswith(p) for k in flat)]
-    for p in prefixes:
-      flat = {k.removeprefix(p): v for k, v in flat.items()}
-  flat = {k: v for k, v in flat.items() if not matches(layout.carried, k)}
-  foreign = [f"{k} ({type(v).__name__})" for k, v in flat.items() if not isinstance(v, np.ndarray)]
-  if foreign:
-    raise UserError(f"{where}: entries that are no tensors: {listed(foreign)}")
-  if not flat:
-    raise UserError(f"{where} holds no tensors")
-  return flat
 
 
 def matches(patterns: Sequence[str], key: str) -> bool:
@@ -222,7 +189,7 @@ def check(
   entries: Mapping[str, Entry],
   expected: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-  """What is missing, extra or misshapen, in the file's own names and shapes."""
+  """What is missing, extra, misshapen or not finite, in the file's own names and shapes."""
   problems = []
   names = names_in(layout, list(expected))
   for ours, (theirs, transform) in names.items():
@@ -236,6 +203,8 @@ def check(
       problems.append(f"{entry.key} has shape {list(entry.array.shape)}, expected {list(wanted)}")
     elif entry.array.dtype.kind not in "fV":  # V: bfloat16
       problems.append(f"{entry.key} holds {entry.array.dtype} instead of floats")
+    elif arrays.not_finite({entry.key: entry.array}):
+      problems.append(f"{entry.key} holds NaN or infinity")
   problems += [f"extra {e.key}" for ours, e in entries.items() if ours not in expected]
   return problems
 

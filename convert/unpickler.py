@@ -140,6 +140,12 @@ def _container(make: Callable) -> Callable:
   return build
 
 
+def _path(*parts: Any) -> str:
+  return "/".join(map(str, parts))
+
+
+_BUILTINS = ("builtins", "__builtin__")
+_PATHLIB = ("pathlib", "pathlib._local")
 _KNOWN: dict[str, Callable | None] = {  # None: may be named, not called
   "torch._utils._rebuild_tensor_v2": _tensor,
   "torch._utils._rebuild_tensor": _tensor,
@@ -153,7 +159,12 @@ _KNOWN: dict[str, Callable | None] = {  # None: may be named, not called
   "torch.storage.UntypedStorage": None,
   **{f"torch.{name}": None for name in _TORCH_DTYPES},
   "collections.OrderedDict": _container(collections.OrderedDict),
-  **{f"{module}.set": _container(set) for module in ("builtins", "__builtin__")},
+  "collections.Counter": _container(dict),  # in the state of a learning rate's schedule
+  "collections.defaultdict": lambda *_: {},
+  **{f"{module}.{name}": None for module in _BUILTINS for name in ("dict", "list", "int")},
+  "argparse.Namespace": lambda: {},  # the options of a training script, which are left out
+  **{f"{module}.{name}Path": _path for module in _PATHLIB for name in ("Posix", "Windows")},
+  **{f"{module}.set": _container(set) for module in _BUILTINS},
   "numpy.ndarray": None,
   "numpy.dtype": lambda name, *_: _DType(name),
   "ml_dtypes.bfloat16": None,
@@ -213,8 +224,15 @@ class Unpickler(pickle._Unpickler):
     elif isinstance(target, _Array):
       _, shape, dtype, fortran, data = state
       self.stack[-1] = target.value = _ndarray(data, dtype, shape, fortran)
-    elif not isinstance(target, dict):  # an OrderedDict's state is torch's _metadata: no weights
+    # An OrderedDict's state is torch's _metadata, an argparse.Namespace's are options: no weights.
+    elif not isinstance(target, dict):
       raise Refused(f"state for {type(target).__name__}")
+
+  def load_newobj(self) -> None:
+    args, name = self.stack.pop(), self.stack.pop()
+    if not isinstance(name, _Name):
+      raise Damaged("an object of no class")
+    self.stack.append(name(*args))
 
   def load_bytearray8(self) -> None:  # the inherited one reserves the bytes before it reads them
     (count,) = struct.unpack("<Q", self.read(8))
@@ -223,6 +241,7 @@ class Unpickler(pickle._Unpickler):
   dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
     **pickle._Unpickler.dispatch,
     pickle.BUILD[0]: load_build,
+    pickle.NEWOBJ[0]: load_newobj,
     pickle.BYTEARRAY8[0]: load_bytearray8,
   }
 

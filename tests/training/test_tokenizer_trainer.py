@@ -141,8 +141,8 @@ def test_run_never_recompiles_and_restores_elsewhere(trainer, trainer8, updates,
   assert {"psnr", "ssim", "quantization_error/level_2", "codebook_utilization"} <= set(evaluation)
 
   checkpoints = Checkpoints(tmp_path / "checkpoints", settings.checkpoint)
-  one = checkpoints.restore(trainer.abstract_state())
-  eight = checkpoints.restore(trainer8.abstract_state())
+  _, one = checkpoints.restore(trainer.abstract_state())
+  _, eight = checkpoints.restore(trainer8.abstract_state())
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
   assert len(eight.params["quantizer.codebook"].devices()) == 8

@@ -3,6 +3,7 @@
 import pytest
 
 from coda_jax import config as c
+from coda_jax.data.inventory import Inventory
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.training import workdir
@@ -71,7 +72,20 @@ def test_a_lost_config_is_found_beside_the_checkpoints(run, text):
   if text:
     check(run, settings(), f"take a new --workdir, or remove {file}")
     file.unlink()
+  check(run, settings(), f"remove {run / 'data.json'}")
+  (run / "data.json").unlink()
   check(run, settings())
+
+
+def test_changed_data(run):
+  then, now = (Inventory("folder:x", n, 2, {}, str(n)) for n in (5, 6))
+  workdir.claim(run, c.to_json(settings()), {"data.train": then})
+  workdir.check_data(run, {"data.train": now}, accept=False)  # nothing was trained on them
+  save(run)
+  workdir.check_data(run, {"data.train": then}, accept=False)
+  with pytest.raises(UserError, match="5 images then and 6 now.*--accept-changed-data"):
+    workdir.check_data(run, {"data.train": now}, accept=False)
+  workdir.check_data(run, {"data.train": now}, accept=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "parameters.txt", "data.json"])
