@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import pathlib
 import re
@@ -37,6 +38,13 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 class UsageError(Exception):
   """A command line that its parser could not know to be wrong: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+  """Wrong usage is one line too."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
 
 
 def main(
@@ -89,18 +97,49 @@ def _run(run, parser, argv, config):
     args = parser.parse_args(argv)
   try:
     return run(args)
-  except UsageError as e:
+  except (UsageError, argparse.ArgumentTypeError) as e:
     parser.error(str(e))
 
 
 def path(text: str) -> pathlib.Path:
   """A path of the command line, for argparse's `type`; `~` is the home folder."""
-  if not text:
-    raise argparse.ArgumentTypeError("the path is empty")
+  if not text or "\0" in text:
+    raise argparse.ArgumentTypeError("the path is empty" if not text else "a path with a null byte")
   try:
     return pathlib.Path(text).expanduser()
   except RuntimeError as e:
     raise argparse.ArgumentTypeError(f"{text}: {e}") from e
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+  """A whole number of the command line, for argparse's `type`."""
+
+  def parse(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if not least <= value <= most:
+      raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+    return value
+
+  return parse
+
+
+def number(least: int | float, most: int | float = math.inf) -> Callable[[str], float]:
+  """A finite number of the command line, for argparse's `type`."""
+
+  def parse(text: str) -> float:
+    try:
+      value = float(text)
+    except ValueError:
+      raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not (math.isfinite(value) and least <= value <= most):
+      limits = f"at least {least}" + (f" and at most {most}" if math.isfinite(most) else "")
+      raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+    return value
+
+  return parse
 
 
 def load_config(
@@ -167,7 +206,7 @@ def _split(spec: str) -> tuple[str, str]:
 
 def _config_file(path: str) -> pathlib.Path:
   """`path`, or where there is none the package's own file of that name."""
-  file = pathlib.Path(path).expanduser()
+  file = pathlib.Path(os.path.expanduser(path))
   package = importlib.util.find_spec("coda_jax.configs")  # none in a checkout
   folders = package.submodule_search_locations if package else ()
   own = [pathlib.Path(f) / file.name for f in folders or () if file.parent.name == "configs"]

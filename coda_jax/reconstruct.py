@@ -40,7 +40,7 @@ _SMALLEST_FOR_LPIPS = 16
 
 
 def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(
+  p = cli.Parser(
     prog="python -m coda_jax.reconstruct",
     description="Brings images through a tokenizer and back, beside its continuous VAE.",
   )
@@ -56,10 +56,12 @@ def parser() -> argparse.ArgumentParser:
     type=cli.path,
     help="continuous VAE to compare with, instead of the tokenizer's own",
   )
-  p.add_argument("--levels", type=int, metavar="K", help="decode the first K levels of tokens only")
+  p.add_argument(
+    "--levels", type=cli.integer(1), metavar="K", help="decode the first K levels of tokens only"
+  )
   p.add_argument(
     "--image-size",
-    type=int,
+    type=cli.integer(1, 2**15),
     metavar="N",
     help="bring the shorter edge to N and take the centre N x N; by default images keep their size",
   )
@@ -68,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     action="store_true",
     help="crop, around the centre, to the nearest size that the VAE's stride divides",
   )
-  p.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at a time (8)")
+  p.add_argument(
+    "--batch-size", type=cli.integer(1), default=8, metavar="B", help="images at a time (8)"
+  )
   p.add_argument(
     "--lpips",
     metavar="DIR",
@@ -79,10 +83,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-  if args.batch_size < 1:
-    raise cli.UsageError("--batch-size must be at least 1")
-  if args.image_size is not None and args.image_size < 1:
-    raise cli.UsageError("--image-size must be at least 1")
   read = args.tokenizer, sources.location(args.images), args.vae, args.lpips
   check_output(args.output, "reconstruct", overwrite=args.overwrite, inputs=read)
   names, read = open_images(args.images)

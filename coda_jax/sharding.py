@@ -22,7 +22,7 @@ def make_mesh(settings: MeshSettings, devices=None) -> Mesh:
   """
   devices = jax.devices() if devices is None else devices
   shape = [settings.data, settings.fsdp, settings.model]
-  if shape.count(-1) == 1:
+  if shape.count(-1) == 1 and 0 not in shape:
     shape[shape.index(-1)] = max(1, len(devices) // -math.prod(shape))
   if min(shape) < 1 or math.prod(shape) != len(devices):
     given = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))

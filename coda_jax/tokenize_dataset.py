@@ -6,6 +6,7 @@ and those that are there are kept, unless an image that could not be read now ca
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import logging
 import pathlib
@@ -27,38 +28,51 @@ _ORDER = 2  # the version of which images a shard holds; manifests without it ar
 
 
 def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(
+  p = cli.Parser(
     prog="python -m coda_jax.tokenize_dataset", description="Writes the tokens of an image set."
   )
-  p.add_argument("--tokenizer", required=True, metavar="DIR")
+  p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path)
   p.add_argument("--data", required=True, metavar="SPEC", help="for example folder:PATH@train")
-  p.add_argument("--output", required=True, metavar="DIR", type=pathlib.Path)
+  p.add_argument("--output", required=True, metavar="DIR", type=cli.path)
   p.add_argument("--flip", action="store_true", help="every crop mirrored too")
   crops = p.add_mutually_exclusive_group()
   crops.add_argument(
     "--ten-crop", action="store_true", help="corners and centre, each mirrored too"
   )
-  crops.add_argument("--random-crops", type=int, default=0, metavar="K", help="K random crops each")
-  p.add_argument("--resize-ratio", type=float, default=1.125, help="shorter edge / crop")
-  p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
-  p.add_argument("--shards", type=int, default=0, metavar="N", help="files; 0: of 10,000 images")
+  crops.add_argument(
+    "--random-crops",
+    type=cli.integer(0, 10_000),
+    default=0,
+    metavar="K",
+    help="K random crops each",
+  )
+  p.add_argument(
+    "--resize-ratio", type=cli.number(1, 100), default=1.125, help="shorter edge / crop"
+  )
+  p.add_argument(
+    "--batch-size", type=cli.integer(1), default=64, metavar="N", help="images at a time"
+  )
+  p.add_argument(
+    "--shards", type=cli.integer(0), default=0, metavar="N", help="files; 0: of 10,000 images"
+  )
   p.add_argument(
     "--max-unreadable",
-    type=float,
+    type=cli.number(0, 1),
     default=pipeline.MAX_UNREADABLE,
     metavar="PART",
     help="part of the images that may be unreadable; one may be, unless it is 0",
   )
-  p.add_argument("--seed", type=int, default=0, help="of the images' order and random crops")
+  p.add_argument(
+    "--seed",
+    type=cli.integer(0, 2**32 - 1),
+    default=0,
+    help="of the images' order and random crops",
+  )
   return p
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes what is missing of the tokens; see the module's docstring."""
-  if args.batch_size < 1 or args.shards < 0 or args.random_crops < 0 or args.resize_ratio < 1:
-    raise cli.UsageError("--batch-size, --shards, --random-crops or --resize-ratio is too small")
-  if not 0 <= args.max_unreadable < 1:
-    raise cli.UsageError("--max-unreadable must be at least 0 and below 1")
   source = sources.open_source(args.data)
   found = inventory.describe(source, args.data)
   found.log("--data")
@@ -83,6 +97,23 @@ def run(args: argparse.Namespace) -> None:
     "order": _ORDER,
     "shards": [{"file": f"tokens-{i:05}-of-{shards:05}.array_record"} for i in range(shards)],
   }
+  with contextlib.ExitStack() as stack:
+    try:
+      args.output.mkdir(parents=True, exist_ok=True)
+      names = {p.name for p in args.output.iterdir()} - {outputs.LOCK}
+      if names and tokens.MANIFEST not in names:
+        raise UserError(
+          f"{args.output} is not empty and holds no tokens; empty it or take a new --output"
+        )
+      stack.enter_context(outputs.locked(args.output))
+    except OSError as e:
+      raise UserError(f"--output={args.output} cannot be written: {e.strerror}") from e
+    _write(args, source, manifest)
+
+
+def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict) -> None:
+  """Writes the shards that are not there, and the complete manifest."""
+  shards = len(manifest["shards"])
   if _claim(args.output, manifest):
     log.info("%s is complete", args.output)
     return
@@ -132,17 +163,12 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
   """
   file = output / tokens.MANIFEST
   if not file.exists():
-    try:
-      output.mkdir(parents=True, exist_ok=True)
-      if any(output.iterdir()):
-        raise UserError(
-          f"{output} is not empty and holds no tokens; empty it or take a new --output"
-        )
-      _write_json(file, manifest)
-    except OSError as e:
-      raise UserError(f"--output={output} cannot be written: {e.strerror}") from e
+    _write_json(file, manifest)
     return False
   there = tokens.read_manifest(output)
+  if not any((output / shard["file"]).is_file() for shard in there["shards"]):
+    _write_json(file, manifest)  # a first try that made nothing protects nothing
+    return False
   for key, ours in manifest.items():
     theirs = there.get(key)
     if key == "shards":
@@ -199,12 +225,13 @@ def _kept(
   return counts
 
 
-def _encoder(path: str, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
+def _encoder(path: pathlib.Path, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
   """Images uint8 [B, H, W, 3] to ids [B, N], on all devices if they divide B."""
 
   def ids(tokenizer, images):
-    levels = tokenizer.encode(pipeline.normalize(images))
-    return jnp.concatenate([level.reshape(len(images), -1) for level in levels], 1)
+    latents = tokenizer.latents(pipeline.normalize(images))
+    levels = [level.reshape(len(images), -1) for level in tokenizer.quantizer.encode(latents)]
+    return jnp.concatenate(levels, 1), jnp.isfinite(latents).all()
 
   encode = arrays.jit_module(ids)(weights.load_tokenizer(path))
   mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))
@@ -212,7 +239,9 @@ def _encoder(path: str, codebook_size: int) -> Callable[[np.ndarray], np.ndarray
 
   def run(images):
     even = len(images) % mesh.size == 0
-    found = encode(jax.device_put(images, split if even else None))
+    found, finite = encode(jax.device_put(images, split if even else None))
+    if not finite:
+      raise UserError(f"{path}: latents of the images are NaN or infinite, which are no tokens")
     return np.asarray(found).astype(tokens.id_type(codebook_size))
 
   return run

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import re
 
 import jax
 
@@ -19,10 +20,11 @@ from coda_jax.training import loop, registry
 from coda_jax.training import workdir as workdirs
 
 log = logging.getLogger("coda_jax")
+_ADDRESS = r"([^\s:/]+|\[[0-9a-fA-F:]+\]):\d{1,5}"
 
 
 def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(prog="python -m coda_jax.train", description=__doc__)
+  p = cli.Parser(prog="python -m coda_jax.train", description=__doc__)
   p.add_argument("--workdir", type=cli.path, help="folder of the run (runs/CONFIG[_ARGUMENT])")
   p.add_argument(
     "--accept-changed-data",
@@ -74,12 +76,22 @@ def add_distributed_flags(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group("several processes")
   group.add_argument("--distributed", action="store_true", help="find the other processes")
   group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-  group.add_argument("--num-processes", type=int)
-  group.add_argument("--process-id", type=int)
+  group.add_argument("--num-processes", type=cli.integer(1))
+  group.add_argument("--process-id", type=cli.integer(0))
 
 
 def initialize_distributed(args: argparse.Namespace) -> None:
   """Joins the other processes if the flags, or jax's own environment variables, ask for it."""
+  flags = args.coordinator, args.num_processes, args.process_id
+  if args.coordinator is not None and not re.fullmatch(_ADDRESS, args.coordinator):
+    raise cli.UsageError(f"--coordinator {args.coordinator}: write HOST:PORT")
+  if any(f is not None for f in flags) and None in flags:
+    raise cli.UsageError("--coordinator, --num-processes and --process-id belong together")
+  if args.coordinator and args.process_id >= args.num_processes:
+    raise cli.UsageError(
+      f"--process-id {args.process_id}: with --num-processes {args.num_processes} they are 0 to "
+      f"{args.num_processes - 1}"
+    )
   wanted = args.distributed or args.coordinator or "JAX_COORDINATOR_ADDRESS" in os.environ
   if wanted and not jax.distributed.is_initialized():
     jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)

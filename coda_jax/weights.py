@@ -187,7 +187,8 @@ def read_config(path: Path, kind: str) -> dict:
   """
   file = pathlib.Path(path).expanduser() / "config.json"
   if not file.is_file():
-    raise UserError(f"{path}: no config.json; give a directory that `convert` or training wrote")
+    where = os.fspath(path) or "an empty path"
+    raise UserError(f"{where}: no config.json; give a directory that `convert` or training wrote")
   try:
     config = json.loads(file.read_text())
   except ValueError as e:

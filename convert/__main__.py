@@ -15,13 +15,15 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
+  parser = cli.Parser(prog=f"python -m {__package__}", description=__doc__)
   layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
 
   def add(name: str, inputs: str, text: str, nargs: int | str = 1):
     sub = layouts.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.add_argument("inputs", nargs=nargs, metavar=inputs)
-    sub.add_argument("--output", required=True, metavar="DIR", help="directory to make")
+    sub.add_argument("inputs", nargs=nargs, metavar=inputs, type=cli.path)
+    sub.add_argument(
+      "--output", required=True, metavar="DIR", type=cli.path, help="directory to make"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     return sub
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax import tokenize_dataset, weights
+from coda_jax import outputs, tokenize_dataset, weights
 from coda_jax.data import decode, pipeline, sources, tokens
 from coda_jax.errors import UserError
 from tests import tiny
@@ -203,3 +203,19 @@ def test_other_images_are_refused(images, caplog):
   old = {k: v for k, v in source.manifest.items() if k != "source_fingerprint"}
   (folder / "out" / tokens.MANIFEST).write_text(json.dumps(old))
   assert len(tokenize(folder, folder / "out")) == 24, "an older version noted none"
+
+
+def test_a_first_try_that_made_nothing_protects_nothing(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenize_dataset, "_encoder", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    tokenize(folder, tmp_path / "out", "--seed", 5)
+  monkeypatch.undo()
+  tokenize(folder, tmp_path / "out")
+  with pytest.raises(UserError, match="seed 0, not 5"):
+    tokenize(folder, tmp_path / "out", "--seed", 5)
+
+
+def test_one_process_writes(folder, tmp_path):
+  with outputs.locked(tmp_path), pytest.raises(UserError, match="in use by process"):
+    tokenize(folder, tmp_path)
+  tokenize(folder, tmp_path)

@@ -3,14 +3,50 @@
 import dataclasses
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from coda_jax.errors import UserError
+
+
+def ranged(default: Any = dataclasses.MISSING, **limits: int | float) -> Any:
+  """A dataclass field of numbers within limits, which `freeze` checks.
+
+  Args:
+    default: its default value.
+    limits: `least`, `above`, `most`, `below`. Without them a number is at least 0.
+  """
+  return dataclasses.field(default=default, metadata=limits)
+
+
+_LARGEST_INT = 2**31 - 1  # that an int32 array holds
+_LIMITS = {
+  "least": ("at least", operator.ge),
+  "above": ("above", operator.gt),
+  "most": ("at most", operator.le),
+  "below": ("below", operator.lt),
+}
+
+
+def _check_range(value: Any, limits: Mapping[str, int | float], where: str) -> None:
+  """Raises UserError if a number, or one of a tuple, is out of range."""
+  if isinstance(value, tuple):
+    for i, x in enumerate(value):
+      _check_range(x, limits, f"{where}[{i}]")
+  if type(value) not in (int, float):
+    return
+  lower = {} if {"least", "above"} & set(limits) else {"least": 0}
+  upper = {} if type(value) is float or {"most", "below"} & set(limits) else {"most": _LARGEST_INT}
+  limits = lower | dict(limits) | upper
+  if not all(_LIMITS[name][1](value, limit) for name, limit in limits.items()):
+    text = " and ".join(f"{_LIMITS[name][0]} {limit}" for name, limit in limits.items())
+    raise UserError(f"{where} is {value}; it must be {text}")
 
 
 def freeze(cls: type, values: Mapping | ml_collections.ConfigDict, where: str = "config"):
@@ -28,7 +64,10 @@ def freeze(cls: type, values: Mapping | ml_collections.ConfigDict, where: str = 
     if key not in values and required:
       raise UserError(f"{where}.{key} is missing")
   hints = typing.get_type_hints(cls)
-  return cls(**{k: _convert(hints[k], values[k], f"{where}.{k}") for k in values})
+  converted = {k: _convert(hints[k], values[k], f"{where}.{k}") for k in values}
+  for key, value in converted.items():
+    _check_range(value, fields[key].metadata, f"{where}.{key}")
+  return cls(**converted)
 
 
 def unwrap(hint):
@@ -58,7 +97,9 @@ def _convert(hint, value, where: str):
     return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(pairs))
   if hint is float and type(value) is int:
     return float(value)
-  if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"{where} is {value}; it must be finite")
+  if type(value) is not hint:
     raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {hint.__name__}")
   return value
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from coda_jax.config.engine import ranged
 from coda_jax.config.schema import (
   DTYPES,
   CheckpointSettings,
@@ -25,10 +26,10 @@ class MaskGITSettings:
     num_classes: 0 takes the classes of the tokens; another number must be theirs.
   """
 
-  width: int = 768
+  width: int = ranged(768, least=1)
   depth: int = 24
-  heads: int = 8
-  mlp_ratio: float = 4.0
+  heads: int = ranged(8, least=1)
+  mlp_ratio: float = ranged(4.0, above=0)
   embedding: str = "codes"
   attention: str | None = None
   num_classes: int = 0
@@ -70,18 +71,14 @@ class MaskingSettings:
   """
 
   ratio: str = "beta"
-  a: float = 12.0
-  b: float = 3.0
+  a: float = ranged(12.0, above=0)
+  b: float = ranged(3.0, above=0)
   order: str = "uniform"
-  level_balance: float = 0.0
+  level_balance: float = ranged(0.0, most=1)
 
   def __post_init__(self):
     for key, choices in (("ratio", ("beta", "cosine")), ("order", ("uniform", "coarse_to_fine"))):
       check_choice(f"masking.{key}", getattr(self, key), choices)
-    if not 0 <= self.level_balance <= 1:
-      raise UserError(f"config.masking.level_balance is {self.level_balance}; it is from 0 to 1")
-    if min(self.a, self.b) <= 0:
-      raise UserError("config.masking.a and config.masking.b must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +98,12 @@ class MaskGITTrainConfig:
   kind: str = "maskgit"
   model: MaskGITSettings = MaskGITSettings()
   masking: MaskingSettings = MaskingSettings()
-  seed: int = 0
-  steps: int = 500_000
+  seed: int = ranged(0, most=2**32 - 1)
+  steps: int = ranged(500_000, least=1)
   dtype: str = "bfloat16"
   remat: bool = False
-  label_smoothing: float = 0.1
-  class_dropout: float = 0.15
+  label_smoothing: float = ranged(0.1, most=1)
+  class_dropout: float = ranged(0.15, most=1)
   optimizer: OptimizerSettings = OptimizerSettings(
     learning_rate=4e-4,
     b1=0.9,
@@ -127,8 +124,3 @@ class MaskGITTrainConfig:
     if self.kind != "maskgit":
       raise UserError(f"config.kind={self.kind!r}; a generator's is 'maskgit'")
     check_choice("dtype", self.dtype, DTYPES)
-    if self.steps < 1:
-      raise UserError("config.steps must be at least 1")
-    for key in ("label_smoothing", "class_dropout"):
-      if not 0 <= getattr(self, key) <= 1:
-        raise UserError(f"config.{key}={getattr(self, key)}; it is between 0 and 1")

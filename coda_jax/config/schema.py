@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
+from coda_jax.config.engine import ranged
 from coda_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -55,11 +56,11 @@ class OptimizerSettings:
   """
 
   learning_rate: float = 5e-4
-  b1: float = 0.5
-  b2: float = 0.9
+  b1: float = ranged(0.5, below=1)
+  b2: float = ranged(0.9, below=1)
   eps: float = 1e-8
   weight_decay: tuple[tuple[str, float], ...] = (("", 0.005),)
-  clip: float = 10.0
+  clip: float = ranged(10.0, above=0)
   warmup_steps: int = 0
   schedule_steps: int = 0
   rates: tuple[tuple[str, float], ...] = ()
@@ -78,7 +79,7 @@ class EMASettings:
     start_epoch: epochs before it are a plain copy.
   """
 
-  decay: float = 0.9999
+  decay: float = ranged(0.9999, most=1)
   start_epoch: int = 4
 
 
@@ -95,14 +96,8 @@ class EvalSettings:
 
   every: int = 0
   images: int = 0
-  batch_size: int = 16
+  batch_size: int = ranged(16, least=1)
   lpips: bool = True
-
-  def __post_init__(self):
-    if self.batch_size < 1:
-      raise UserError(f"config.eval.batch_size={self.batch_size}; it must be at least 1")
-    if self.every < 0 or self.images < 0:
-      raise UserError("config.eval.every and config.eval.images must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +111,10 @@ class CheckpointSettings:
     best_metric: a metric of the evaluation; a leading minus means that less is better.
   """
 
-  every: int = 1000
-  keep: int = 2
+  every: int = ranged(1000, least=1)
+  keep: int = ranged(2, least=1)
   keep_best: int = 1
   best_metric: str = "psnr"
-
-  def __post_init__(self):
-    if self.every < 1 or self.keep < 1 or self.keep_best < 0:
-      raise UserError("config.checkpoint: every and keep must be at least 1, keep_best at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +127,9 @@ class LoggingSettings:
     wandb_project: project of Weights & Biases; empty goes without.
   """
 
-  every: int = 50
+  every: int = ranged(50, least=1)
   tensorboard: bool = True
   wandb_project: str = ""
-
-  def __post_init__(self):
-    if self.every < 1:
-      raise UserError(f"config.logging.every={self.every}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +144,9 @@ class MeshSettings:
       that does not divide its dimension is left out.
   """
 
-  data: int = -1
-  fsdp: int = 1
-  model: int = 1
+  data: int = ranged(-1, least=-1)
+  fsdp: int = ranged(1, least=-1)
+  model: int = ranged(1, least=-1)
   rules: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"\.kernel$|\.lora_down$", ("", "", "", "fsdp")),
     (r"quantizer\.codebook$", ("model", "")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from coda_jax.config.engine import ranged
 from coda_jax.config.schema import (
   DTYPES,
   REMAT,
@@ -34,7 +35,7 @@ class TokenizerSettings:
   vae: str
   quantizer: QuantizerConfig
   lora: LoRAConfig | None = None
-  image_size: int = 256
+  image_size: int = ranged(256, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +56,13 @@ class DataSettings:
   eval: str
   batch_size: int
   accumulation: int = 1
-  workers: int = 0
-  resize_ratio: float = 1.125
+  workers: int = ranged(0, most=1024)
+  resize_ratio: float = ranged(1.125, least=1)
   flip: bool = False
-  max_unreadable: float = 0.01
+  max_unreadable: float = ranged(0.01, below=1)
 
   def __post_init__(self):
     check_batch_size(self.batch_size, self.accumulation)
-    if not 0 <= self.max_unreadable < 1:
-      raise UserError(
-        f"config.data.max_unreadable={self.max_unreadable}; it must be at least 0 and below 1"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +113,11 @@ class AdversarialSettings:
   adaptive_layer: str = "last"
   loss: str = "hinge"
   discriminator_gradient: str = "own"
-  patch_width: int = 64
-  patch_layers: int = 3
+  patch_width: int = ranged(64, least=1)
+  patch_layers: int = ranged(3, least=1)
   random_crop: bool = True
-  augment: float = 0.0
-  cutout: float = 0.2
+  augment: float = ranged(0.0, most=1)
+  cutout: float = ranged(0.2, most=1)
   blur_fade: bool = False
   optimizer: OptimizerSettings = OptimizerSettings(weight_decay=(("", 0.0005),))
 
@@ -153,9 +150,9 @@ class TrainConfig:
   tokenizer: TokenizerSettings
   data: DataSettings
   kind: str = "tokenizer"
-  seed: int = 0
+  seed: int = ranged(0, most=2**32 - 1)
   steps: int = 0
-  epochs: int = 10
+  epochs: int = ranged(10, least=1)
   dtype: str = "float32"
   remat: str = "none"
   trainable: tuple[tuple[str, str], ...] = (("LoRAParam", ""), ("Param", r"^quantizer\."))
@@ -174,5 +171,3 @@ class TrainConfig:
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("remat", self.remat, REMAT)
     check_regexes("config.trainable", [pattern for _, pattern in self.trainable])
-    if self.steps < 0 or self.epochs < 1:
-      raise UserError("config.steps must be at least 0 and config.epochs at least 1")

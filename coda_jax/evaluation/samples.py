@@ -29,7 +29,7 @@ from coda_jax.models.lpips import LPIPS, pooled_features
 Features = Mapping[str, np.ndarray]  # [N, D] by network
 
 
-def _vgg(path: str | None) -> LPIPS:
+def _vgg(path: weights.Path | None) -> LPIPS:
   return weights.load_lpips(path) if path else weights.lpips_from_package()
 
 
@@ -82,7 +82,7 @@ class SampleEvaluator:
   def __init__(
     self,
     real: UInt8[np.ndarray, "n h w 3"],
-    networks: Mapping[str, str | None] | None = None,
+    networks: Mapping[str, weights.Path | None] | None = None,
     batch_size: int = 16,
   ):
     if len(real) < 2:

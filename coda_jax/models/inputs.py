@@ -3,6 +3,7 @@
 Values are not known while a function is traced; the check of values then does nothing.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -37,7 +38,7 @@ def check_images(images, what: str = "images") -> None:
     hint = "; bytes become x / 127.5 - 1" if images.dtype == np.uint8 else ""
     raise UserError(f"{what} are {images.dtype}, not floats in [-1, 1]{hint}")
   if _known(images):
-    largest = float(abs(images).max())
+    largest = _largest(images)
     if not np.isfinite(largest):
       raise UserError(f"{what} hold NaN or infinity")
     if largest > _LARGEST_PIXEL:
@@ -64,7 +65,8 @@ def check_ids(ids, codebook_size: int) -> None:
     if not all(shape):
       raise UserError(f"ids of level {level} have shape {list(shape)}: there are none")
     if _known(x):
-      low, high = int(x.min()), int(x.max())
+      with jax.ensure_compile_time_eval():
+        low, high = int(x.min()), int(x.max())
       if low < 0 or high >= codebook_size:
         raise UserError(
           f"ids of level {level} go from {low} to {high}; the codebook has 0 to {codebook_size - 1}"
@@ -81,8 +83,13 @@ def check_latents(latents, channels: int, what: str = "latents") -> None:
     raise UserError(f"{what} are {given}, not [B, h, w, {channels}]")
   if not jnp.issubdtype(dtype, jnp.floating):
     raise UserError(f"{what} are {dtype}, not floats")
-  if _known(latents) and not np.isfinite(float(abs(latents).max())):
+  if _known(latents) and not np.isfinite(_largest(latents)):
     raise UserError(f"{what} hold NaN or infinity")
+
+
+def _largest(x) -> float:
+  with jax.ensure_compile_time_eval():  # a known array in a function that is traced
+    return float(abs(x).max())
 
 
 def _known(x) -> bool:

@@ -45,8 +45,12 @@ class QuantizerConfig:
   chunk_size: int | None = None
 
   def __post_init__(self):
-    if self.codebook_size < 1:
-      raise UserError(f"quantizer.codebook_size is {self.codebook_size}; it must be at least 1")
+    for name in ("codebook_size", "code_dim", "attn_dim"):
+      if getattr(self, name) < 1:
+        raise UserError(f"quantizer.{name} is {getattr(self, name)}; it must be at least 1")
+    if not self.entropy_temperature > 0:
+      temperature = self.entropy_temperature
+      raise UserError(f"quantizer.entropy_temperature is {temperature}; it must be above 0")
     if self.lookup not in LOOKUPS:
       raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(LOOKUPS)}")
     if self.norm not in NORMS:

@@ -67,7 +67,7 @@ def test_the_demos_generator_has_few_tokens():
     ({"mesh": {"rules": (("", ("pipeline",)),)}}, "no mesh axis 'pipeline'"),
     ({"adversarial": {"discriminator": "gan"}}, "discriminator='gan'; it is one of none"),
     ({"data": {"batch_size": 10, "accumulation": 4}}, "batch_size=10 is not a positive multiple"),
-    ({"data": {"max_unreadable": 1.0}}, "max_unreadable=1.0; it must be at least 0 and below 1"),
+    ({"data": {"max_unreadable": 1.0}}, "max_unreadable is 1.0; it must be at least 0 and below 1"),
     ({"kind": "maskgit"}, "config.kind='maskgit'; a tokenizer's is 'tokenizer'"),
   ],
 )
@@ -91,8 +91,11 @@ def test_wrong_values_are_named(changes, message):
   [
     ({"kind": "tokenizer"}, "config.kind='tokenizer'; a generator's is 'maskgit'"),
     ({"masking": {"order": "random"}}, "order='random'; it is one of uniform, coarse_to_fine"),
-    ({"masking": {"level_balance": 2.0}}, "level_balance is 2.0; it is from 0 to 1"),
-    ({"class_dropout": -0.1}, "config.class_dropout=-0.1; it is between 0 and 1"),
+    (
+      {"masking": {"level_balance": 2.0}},
+      "level_balance is 2.0; it must be at least 0 and at most 1",
+    ),
+    ({"class_dropout": -0.1}, "config.class_dropout is -0.1; it must be at least 0"),
     ({"data": {"accumulation": 3}}, "batch_size=2048 is not a positive multiple"),
   ],
 )
