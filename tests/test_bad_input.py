@@ -62,7 +62,7 @@ def options_of(parser, group=""):
 
 
 def tree(folder):
-  return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+  return {p: p.is_file() and p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
 def failure(run, parser, argv, capsys, **options):
