@@ -1,7 +1,7 @@
 """What every command shares: exit codes, one-line errors, quiet libraries, config flags.
 
 Exit codes: 0 done, 1 failed with one line on stderr (`--debug` adds the traceback),
-2 wrong usage, 130 interrupted.
+2 wrong usage, 75 stopped by a signal and saved (run it again), 130 interrupted.
 """
 
 import argparse
@@ -33,6 +33,7 @@ _QUIET_ENVIRONMENT = {
   "TPU_MIN_LOG_LEVEL": "3",
 }
 _QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL")
+RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

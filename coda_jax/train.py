@@ -2,7 +2,8 @@
 
   python -m coda_jax.train --config=configs/mar.py [--workdir=runs/mar] [--config.data.train=...]
 
-The same command continues a run that was stopped or killed. On a TPU pod run it on every host.
+The same command continues a run that was stopped or killed. On a TPU pod run it on every host. The
+exit code is 75 if the run was told to stop and saved: run it again.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def main(argv=None):
   cli.main(run, parser(), argv, config=True)
 
 
-def run(args: argparse.Namespace) -> None:
-  """Trains; see the module's docstring."""
+def run(args: argparse.Namespace) -> int:
+  """Trains; see the module's docstring. Returns the exit code."""
   settings = registry.resolve(args.config)
   initialize_distributed(args)
   workdir = args.workdir or cli.default_workdir(args.config_spec)
@@ -58,8 +59,10 @@ def run(args: argparse.Namespace) -> None:
         data.log(f"config.{key}")
       workdirs.check_data(workdir, found, args.accept_changed_data)
       workdirs.claim(workdir, fields, found)
-    if loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
-      log.info("done: %s", workdir / trainer.product)
+    if not loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields):
+      return cli.RUN_AGAIN
+  log.info("done: %s", workdir / trainer.product)
+  return 0
 
 
 def _hold(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:

@@ -114,7 +114,7 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(folder, whole):
   wait_for_step(process, broken, 4)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=600)
-  assert process.returncode == 0, errors
+  assert process.returncode == 75, errors
   assert "stopped by a signal; saved step" in errors and not (broken / "tokenizer").exists()
 
   process = start(folder, broken)
@@ -147,17 +147,17 @@ def test_two_processes_compute_the_same(folder):
       start(folder, workdir, *flags, f"--process-id={i}", arg="adversarial") for i in processes
     ]
 
-  def finish(processes):
+  def finish(processes, code):
     errors = [p.communicate(timeout=600)[1] for p in processes]
-    assert not any(p.returncode for p in processes), errors
+    assert {p.returncode for p in processes} == {code}, errors
     return errors
 
   with killed_at_the_end(start_both()) as processes:
     wait_for_step(processes[0], workdir, 1)  # early: jax looks for signals once a second
     processes[1].send_signal(signal.SIGTERM)
-    assert "stopped by a signal; saved step" in finish(processes)[0]
+    assert "stopped by a signal; saved step" in finish(processes, 75)[0]
   with killed_at_the_end(start_both()) as processes:
-    assert "continuing" in finish(processes)[0]
+    assert "continuing" in finish(processes, 0)[0]
   theirs = {(r["kind"], r["step"]): r for r in read_metrics(whole)}
   ours = {(r["kind"], r["step"]): r for r in read_metrics(workdir)}
   assert {step for kind, step in ours if kind == "train"} == set(range(1, 41))

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from coda_jax.outputs import write_text
 
 log = logging.getLogger("coda_jax")
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_id.txt"
 KINDS = ("train", "eval")
 
 
@@ -97,8 +99,11 @@ def _start_wandb(project: str, workdir, config: Mapping):
     raise UserError(
       f"config.logging.wandb_project={project}: wandb is not installed (pip install wandb)"
     ) from e
-  name = pathlib.Path(workdir).absolute().name  # the run continues under the id of its workdir
-  return wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
+  name, file = pathlib.Path(workdir).absolute().name, pathlib.Path(workdir) / WANDB_FILE
+  if not file.exists():
+    write_text(file, secrets.token_hex(8) + "\n")
+  run = file.read_text().strip()  # a run that is continued keeps its id
+  return wandb.init(project=project, name=name, id=run, resume="allow", config=dict(config))
 
 
 def flatten(values: Mapping[str, float | np.ndarray]) -> dict[str, float]:

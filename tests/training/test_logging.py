@@ -63,7 +63,11 @@ def test_wandb(tmp_path, monkeypatch):
   metrics = logging.Metrics(tmp_path, settings, 0, {"seed": 1})
   metrics.write("eval", 3, {"psnr": 20.0})
   metrics.close()
-  started, logged, finished = calls
+  logging.Metrics(tmp_path, settings, 3, {}).close()
+  (tmp_path / "other" / tmp_path.name).mkdir(parents=True)
+  logging.Metrics(tmp_path / "other" / tmp_path.name, settings, 0, {}).close()
+  started, logged, finished, again, _, other, _ = calls
+  assert again["id"] == started["id"] != other["id"] and other["name"] == started["name"]
   assert started["project"] == "project" and started["config"] == {"seed": 1}
   assert started["name"] == tmp_path.name
   assert logged == ({"eval/psnr": 20.0}, 3) and finished == "finish"
