@@ -13,7 +13,7 @@ import pytest
 import convert.__main__ as convert_command
 from coda_jax import cli, generate, reconstruct, tokenize_dataset, train, visualize, weights
 from coda_jax.errors import UserError
-from coda_jax.training import registry
+from coda_jax.training import loop, registry
 from tests.generation import test_generator
 from tests.test_train import CONFIG
 from tests.training import runs
@@ -173,6 +173,20 @@ def test_config_keys(here, monkeypatch, capsys):
     assert tree(here) == before, argv
   print(f"config keys: {tried} tried, {refused} refused")
   assert refused > tried / 3
+
+
+@pytest.mark.slow
+def test_config_values_that_are_accepted(here, monkeypatch, capsys):
+  """They make a trainer, or one line."""
+  monkeypatch.setattr(loop, "run", lambda *args: True)
+  before, spec, made = tree(here), "config.py:adversarial", 0
+  for key, value in itertools.product(leaves(cli.load_config(spec)), KEYS):
+    argv = [f"--config={spec}", "--workdir=run", f"--config.{key}={value}"]
+    made += failure(train.run, train.parser(), argv, capsys, config=True) is None
+    shutil.rmtree(here / "run", ignore_errors=True)
+    assert tree(here) == before, argv
+  print(f"{made} made a trainer")
+  assert made > 50
 
 
 def test_train_options(here, monkeypatch, capsys):

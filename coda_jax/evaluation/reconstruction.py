@@ -17,6 +17,7 @@ from coda_jax.arrays import jit_module
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.models.vae import AutoencoderKL
+from coda_jax.ops.codebook_lookup import code_values
 from coda_jax.ops.resize import area_resize, bicubic_resize
 
 
@@ -61,7 +62,7 @@ def encode_levels(
   ids = tokenizer.quantizer.encode(latents)
   values = tokenizer.quantizer.values()
   _, h, w, _ = latents.shape
-  steps = jnp.stack([bicubic_resize(values[i], (h, w)) for i in ids], axis=1)
+  steps = jnp.stack([bicubic_resize(code_values(values, i), (h, w)) for i in ids], axis=1)
   return Encoded(ids, latents, jnp.cumsum(steps, axis=1), len(values))
 
 

@@ -163,7 +163,7 @@ class EuclideanLookup(Lookup):
   def look_up(self, x: Float[Array, "n c"], codes: Float[Array, "v c"]) -> Found:
     sg = jax.lax.stop_gradient
     ids = self.ids(x, codes)
-    chosen = codes[ids]
+    chosen = codebook_lookup.code_values(codes, ids)
     loss = jnp.square(sg(x) - chosen).mean() + self.beta * jnp.square(x - sg(chosen)).mean()
     return Found(ids, x + sg(chosen - x), codes, loss)
 

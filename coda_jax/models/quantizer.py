@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from coda_jax.errors import UserError
 from coda_jax.models.inputs import check_ids, check_latents
 from coda_jax.models.lookups import LOOKUPS, Found, Lookup, QuantizerConfig
+from coda_jax.ops.codebook_lookup import code_values
 from coda_jax.ops.resize import area_resize, bicubic_resize
 
 # Sides of the token grids that the paper takes for images of 256 pixels: 680 and 2240 tokens.
@@ -85,7 +86,7 @@ class ResidualQuantizer(Lookup):
 
     def look_up(x, codes):
       ids = self.ids(x, codes)
-      return Found(ids, values[ids], codes)
+      return Found(ids, code_values(values, ids), codes)
 
     return [found.ids for found, *_ in self._levels(latents.astype(jnp.float32), look_up)]
 
@@ -116,7 +117,7 @@ class ResidualQuantizer(Lookup):
         f"{expected[: len(ids)]}; give size= for other than the training size"
       )
     values = self.values()
-    return functools.reduce(jnp.add, (bicubic_resize(values[i], size) for i in ids))
+    return functools.reduce(jnp.add, (bicubic_resize(code_values(values, i), size) for i in ids))
 
 
 @functools.cache

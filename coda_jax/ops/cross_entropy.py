@@ -11,17 +11,19 @@ forward and once backward, and only chunk x codes logits exist. The mean logit n
 it is h times the mean row of the table. Logits, their sums and the table's gradient are float32,
 whatever the inputs are; products of bfloat16 inputs are exact.
 
-Under `jit` tokens may be sharded over any mesh axes and the vocabulary over another (`model`):
-chunks are cut within each device's share, maxima and sums of a chunk are reduced over the codes.
+Each device takes its own tokens and its own codes (`ops.sharded`); maxima and sums over other
+devices are exchanged once, after all chunks.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.ops.chunks import Chunks
+from coda_jax.ops.sharded import Layout
 
 # Logits of a chunk on each device. Every chunk reads the table and adds to its gradient, which
 # costs more than the logits where chunks are short.
@@ -56,8 +58,7 @@ def cross_entropy(
   """
   table = table.astype(hidden.dtype)
   bias = bias.astype(jnp.float32)
-  chunks = Chunks(hidden, chunk_size or _ELEMENTS // len(table))
-  loss, correct = _streamed(chunks, label_smoothing, hidden, table, bias, labels)
+  loss, correct = _streamed(chunk_size, label_smoothing, hidden, table, bias, labels)
   if label_smoothing:
     mean_row = table.astype(jnp.float32).mean(0)
     mean = jnp.matmul(hidden.astype(jnp.float32), mean_row, precision="highest") + bias.mean()
@@ -79,49 +80,77 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
   )
 
 
-def _forward(chunks, smoothing, hidden, table, bias, labels):
-  def chunk(hidden, labels):
-    s = _dot(hidden, table, (1, 1)) + bias
-    largest = jnp.max(s, 1)
-    # A sum over codes: to gather from a sharded axis would fetch all of it.
-    chosen = jnp.sum(jnp.where(_is_label(labels, s.shape[1]), s, 0.0), 1)
-    log_sum = largest + jnp.log(jnp.sum(jnp.exp(s - largest[:, None]), 1))
-    return log_sum, chosen, chosen == largest
+def _chunks(size: int | None, hidden: jax.Array, codes: int) -> Chunks:
+  return Chunks(hidden, size or _ELEMENTS // codes)
 
-  xs = chunks.split(hidden), chunks.split(labels)
-  found = jax.lax.map(lambda x: chunk(*x), xs)
-  log_sum, chosen, correct = map(chunks.join, found)
+
+def _forward(size, smoothing, hidden, table, bias, labels):
+  layout = Layout(hidden, len(table))
+
+  def forward(hidden, table, bias, labels):
+    def chunk(hidden, labels):
+      s = _dot(hidden, table, (1, 1)) + bias
+      largest = jnp.max(s, 1)
+      chosen = jnp.sum(jnp.where(_is_label(labels, s.shape[1]), s, 0.0), 1)
+      return largest, jnp.sum(jnp.exp(s - largest[:, None]), 1), chosen
+
+    labels -= layout.first_code(len(table))
+    found = _chunks(size, hidden, len(table)).map(chunk, hidden, labels)
+    ours, total, chosen = found
+    largest = layout.max_codes(ours)
+    total, chosen = layout.sum_codes((total * jnp.exp(ours - largest), chosen))
+    return largest + jnp.log(total), chosen, chosen == largest
+
+  log_sum, chosen, correct = layout.run(
+    forward, (hidden, table, bias, labels), _specs(layout), (Spec(layout.tokens),) * 3
+  )
   out = log_sum - (1 - smoothing) * chosen, correct
   return out, (hidden, table, bias, labels, log_sum)
+
+
+def _specs(layout: Layout) -> tuple[Spec, ...]:
+  """Of hidden, table, bias and labels."""
+  tokens, codes = Spec(layout.tokens), Spec(layout.codes)
+  return tokens, codes, codes, tokens
 
 
 def _is_label(labels: jax.Array, codes: int) -> jax.Array:
   return labels[:, None] == jax.lax.broadcasted_iota(labels.dtype, (1, codes), 1)
 
 
-def _backward(chunks, smoothing, residuals, cotangents):
+def _backward(size, smoothing, residuals, cotangents):
   hidden, table, bias, labels, log_sum = residuals
   g, _ = cotangents
+  layout = Layout(hidden, len(table))
 
-  def chunk(sums, x):
-    dtable, dbias = sums
-    hidden, labels, log_sum, g = x
-    s = _dot(hidden, table, (1, 1)) + bias
-    p = jnp.exp(s - log_sum[:, None])
-    ds = g[:, None] * (p - jnp.where(_is_label(labels, s.shape[1]), 1.0 - smoothing, 0.0))
-    dbias += jnp.sum(ds, 0)
-    ds = ds.astype(hidden.dtype)
-    return (dtable + _dot(ds, hidden, (0, 0)), dbias), _dot(ds, table, (1, 0))
+  def backward(hidden, table, bias, labels, log_sum, g):
+    def chunk(sums, x):
+      dtable, dbias = sums
+      hidden, labels, log_sum, g = x
+      s = _dot(hidden, table, (1, 1)) + bias
+      p = jnp.exp(s - log_sum[:, None])
+      ds = g[:, None] * (p - jnp.where(_is_label(labels, s.shape[1]), 1.0 - smoothing, 0.0))
+      dbias += jnp.sum(ds, 0)
+      ds = ds.astype(hidden.dtype)
+      return (dtable + _dot(ds, hidden, (0, 0)), dbias), _dot(ds, table, (1, 0))
 
-  zeros = jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
-  xs = tuple(map(chunks.split, (hidden, labels, log_sum, g)))
-  (dtable, dbias), dhidden = jax.lax.scan(chunk, zeros, xs)
-  dhidden = chunks.join(dhidden).astype(hidden.dtype)
-  return dhidden, dtable.astype(table.dtype), dbias, None
+    labels -= layout.first_code(len(table))
+    chunks = _chunks(size, hidden, len(table))
+    zeros = jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)
+    xs = tuple(map(chunks.split, (hidden, labels, log_sum, g)))
+    sums, dhidden = jax.lax.scan(chunk, zeros, xs)
+    return layout.sum_codes(chunks.join(dhidden)), layout.sum_tokens(sums)
+
+  args = hidden, table, bias, labels, log_sum, g
+  tokens, codes, *_ = specs = _specs(layout)
+  dhidden, (dtable, dbias) = layout.run(
+    backward, args, (*specs, tokens, tokens), (tokens, (codes, codes))
+  )
+  return dhidden.astype(hidden.dtype), dtable.astype(table.dtype), dbias, None
 
 
-def _forward_alone(chunks, smoothing, hidden, table, bias, labels) -> tuple[jax.Array, jax.Array]:
-  return _forward(chunks, smoothing, hidden, table, bias, labels)[0]
+def _forward_alone(size, smoothing, hidden, table, bias, labels) -> tuple[jax.Array, jax.Array]:
+  return _forward(size, smoothing, hidden, table, bias, labels)[0]
 
 
 _streamed = jax.custom_vjp(_forward_alone, nondiff_argnums=(0, 1))

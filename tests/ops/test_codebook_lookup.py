@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
+from coda_jax import sharding
+from coda_jax.config import MeshSettings
 from coda_jax.ops import codebook_lookup
 from coda_jax.ops.codebook_lookup import attention_ids, attention_lookup, euclidean_lookup
+from tests.collectives import collectives
 from tests.conftest import assert_close
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -187,17 +191,56 @@ def test_tokens_by_codes_never_exists():
   assert max(sizes) <= codes * 32
 
 
-@pytest.mark.parametrize("n", [8 * 20, 8 * 21, 30])
-def test_sharded_tokens(n):
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  x, cotangents = inputs(n, 256)
+def place(axes, q, k, v):
+  """The arrays on a mesh: tokens over data and fsdp if they divide them, codes over model."""
+  mesh = sharding.make_mesh(MeshSettings(*axes))
+  tokens = ("data", "fsdp") if len(q) % (axes[0] * axes[1]) == 0 else None
+  specs = Spec(tokens), Spec("model"), Spec("model")
+  return mesh, [
+    jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((q, k, v), specs, strict=True)
+  ]
+
+
+MESHES = [(8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)]
+
+
+@pytest.mark.parametrize(
+  ("axes", "n"), [*((m, 160) for m in MESHES), ((8, 1, 1), 168), ((4, 1, 2), 30)]
+)
+def test_every_mesh_computes_the_same(axes, n):
+  x, cotangents = inputs(n, 512)
   f = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=6), cotangents)
   expected = f(*x)
-  over_data, copied = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
-  q = jax.device_put(x[0], over_data if n % 8 == 0 else copied)
-  k, v = jax.device_put(x[1:], copied)
-  assert_equal(f(q, k, v), expected, 1e-5)
-  if n % 8 == 0:  # each device works on its own tokens alone
-    text = f.lower(q, k, v).compile().as_text()
-    rows = {int(r) for r in re.findall(r"f32\[(\d+),256\]", text)}
-    assert rows and max(rows) <= 32, rows
+  mesh, placed = place(axes, *x)
+  with jax.set_mesh(mesh):
+    assert_equal(f(*placed), expected, 1e-5)
+    text = f.lower(*placed).compile().as_text()
+    np.testing.assert_array_equal(attention_ids(*placed[:2], chunk_size=6), expected[0][1][0])
+    ids = euclidean_lookup(placed[2][:160], placed[2])
+    np.testing.assert_array_equal(ids, euclidean_lookup(x[2][:160], x[2]))
+  # A device works on its own tokens and codes alone. What it tells others are sums.
+  rows = {int(r) for r in re.findall(rf"f32\[(\d+),{512 // axes[2]}\]", text)}
+  assert rows and max(rows) <= 32, rows
+  found = collectives(text)
+  assert found and not any(c.in_loop for c in found), found
+  assert not any(c.kind == "all-gather" for c in found), found
+  assert max(c.elements for c in found) <= max(n * 32, 512 * 32) // min(axes[2], 2)
+
+
+def test_codes_that_the_mesh_does_not_divide():
+  x, cotangents = inputs(48, 250)
+  f = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=6), cotangents)
+  mesh, _ = place((4, 1, 2), *inputs(48, 256)[0])
+  with jax.set_mesh(mesh):
+    assert_equal(f(*x), f(*x), 1e-5)
+
+
+def test_ties_of_several_devices_take_the_first_code():
+  (q, k, v), _ = inputs(32, 40)
+  k = jnp.concatenate([k, k])
+  v = jnp.concatenate([v, v])
+  first = np.argmax(np.asarray(q @ k[:40].T), 1)
+  mesh, (q, k, v) = place((4, 1, 2), q, k, v)
+  with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(attention_lookup(q, k, v, chunk_size=3).ids, first)
+    np.testing.assert_array_equal(attention_ids(q, k, chunk_size=3), first)
