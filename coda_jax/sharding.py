@@ -45,10 +45,14 @@ def spec_for(
 
 
 def tree_shardings(tree, mesh: Mesh, rules):
-  """A NamedSharding for every array of `tree`, by rules over its dotted path."""
+  """A NamedSharding for every array of `tree`, by rules over its dotted path.
+
+  Parameters, averages and moments lie in dictionaries by dotted path: the key alone counts, so
+  that a rule which begins with ^ holds for all of them.
+  """
 
   def sharding(path, x):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = jax.tree_util.keystr(path[-1:], simple=True, separator=".")
     return NamedSharding(mesh, spec_for(name, x.shape, mesh, rules))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)

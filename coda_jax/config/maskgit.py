@@ -117,7 +117,11 @@ class MaskGITTrainConfig:
   checkpoint: CheckpointSettings = CheckpointSettings(best_metric="-loss")
   logging: LoggingSettings = LoggingSettings()
   mesh: MeshSettings = MeshSettings(
-    rules=((r"\.kernel$", ("", "fsdp")), (r"^embedding\.(codes|embedding)$", ("model", "")))
+    rules=(
+      (r"\.kernel$", ("", "fsdp")),
+      (r"^embedding\.(codes|embedding)$", ("model", "")),
+      (r"^bias$", ("model",)),
+    )
   )
 
   def __post_init__(self):

@@ -1,6 +1,7 @@
 """Updates on every mesh of 8 devices against one device, and what the devices exchange."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -15,11 +16,7 @@ from tests import tiny
 from tests.collectives import collectives
 from tests.training import runs
 
-# The mesh of `make test` has all three axes.
-MESHES = [
-  (2, 2, 2),
-  *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (4, 1, 2), (1, 1, 8))),
-]
+MESHES = [(2, 2, 2), (8, 1, 1), (4, 1, 2), (1, 1, 8)]
 CODES = 512
 
 
@@ -78,14 +75,14 @@ def updates(trainer, count=5):
       batch = next(batches)
       if i == 0:
         lowered = trainer._step.lower(state, trainer._frozen, trainer._key, batch)
-        text = lowered.compile().as_text()
-      state, metrics = trainer.step(state, batch)
+        step = lowered.compile()
+      state, metrics = step(state, trainer._frozen, trainer._key, batch)
       losses.append(float(metrics["loss"]))
       if i == 0:
         adam = next(s for s in state.optimizer if isinstance(s, optax.ScaleByAdamState))
         first = jax.device_get(adam.mu)
     batches.close()
-  return first, losses, text
+  return first, losses, step.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +97,15 @@ def of_one_device(folder):
   return get
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+  ("kind", "mesh"),
+  [
+    # The mesh of `make test` has all three axes.
+    pytest.param(kind, mesh, marks=[pytest.mark.slow] * ((kind, mesh) != ("tokenizer", MESHES[0])))
+    for kind in TRAINERS
+    for mesh in MESHES
+  ],
+)
 def test_every_mesh_computes_the_same(folder, of_one_device, kind, mesh):
   expected, losses, _ = of_one_device(kind)
   trainer = make(kind, folder, mesh)
@@ -114,12 +118,42 @@ def test_every_mesh_computes_the_same(folder, of_one_device, kind, mesh):
 
 
 def check_collectives(trainer, text):
-  """No loop exchanges anything, and no array of codes or parameter is gathered against its rule."""
-  mesh = trainer.mesh.shape
+  """No loop exchanges anything, and nothing is gathered against the rules.
+
+  Parameters that a rule spreads over fsdp are gathered where they are used. Codes that lie over
+  model never are, and neither are logits.
+  """
   found = collectives(text)
-  shards = {name: s.spec for name, s in trainer._state_shardings.params.items()}
-  sizes = {name: x.size for name, x in trainer.abstract_state().params.items()}
-  over_model = [sizes[n] for n, spec in shards.items() if "model" in spec]
-  assert (mesh["model"] == 1) or over_model
+  loops = [one for one in found if one.in_loop and one.elements > 1]  # 1: whether a loop ends
+  assert found and not loops, loops
   for one in found:
-    print(one)
+    assert one.elements < 8 * 16 * CODES, f"logits: {one}"
+    if one.kind in ("all-gather", "all-to-all") and trainer.mesh.shape["model"] > 1:
+      assert CODES not in map(int, re.findall(r"\d+", one.shapes)), f"all codes: {one}"
+
+
+@pytest.mark.parametrize(
+  "rule", [("", "model"), pytest.param(("fsdp", ""), marks=pytest.mark.slow)]
+)
+def test_a_wrong_rule_gathers_the_codebook(folder, rule):
+  """Codes belong over model; split in any other way every device fetches all of them."""
+  rules = ((r"quantizer\.codebook$", rule),)
+  trainer = make("tokenizer", folder, (1, 4, 2), mesh__rules=rules)
+  *_, text = updates(trainer, count=1)
+  with pytest.raises(AssertionError, match="all codes"):
+    check_collectives(trainer, text)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_rules_hold_for_averages_and_moments_too(folder, kind):
+  trainer = make(kind, folder, (2, 2, 2))
+  state = trainer._state_shardings
+  adam = next(s for s in state.optimizer if isinstance(s, optax.ScaleByAdamState))
+  for name, place in state.params.items():
+    assert place == state.ema[name] == adam.mu[name] == adam.nu[name]
+  frozen = trainer._shardings(trainer._frozen)
+  codes = {"tokenizer": "quantizer.codebook", "maskgit, table": "embedding.embedding"}
+  place = state.params[codes[kind]] if kind in codes else frozen["codes"]["embedding.codes"]
+  assert place.spec[0] == "model"
+  kernels = [p for n, p in state.params.items() if n.endswith((".kernel", ".lora_down"))]
+  assert any("fsdp" in p.spec for p in kernels)
