@@ -107,9 +107,7 @@ def attention_lookup(
   return Lookup(ids, z, z_hard, entropy_loss, k.T, v.T)
 
 
-def code_values(
-  values: Float[Array, "v c"], ids: Int[Array, "*s"]
-) -> Float[Array, "*s c"]:
+def code_values(values: Float[Array, "v c"], ids: Int[Array, "*s"]) -> Float[Array, "*s c"]:
   """`values[ids]` with its gradient; codes may lie over several devices. Meant for few channels."""
   (values,), ids = _float32(values), jnp.asarray(ids)
   return _taken(values.T, ids.reshape(-1)).reshape(*ids.shape, -1)
@@ -156,7 +154,8 @@ def _largest(q: jax.Array, k: jax.Array, offset: jax.Array | None, size: int | N
       chunk = lambda q: _first_max(cpu, _dot(q, k.T) + offset)
       return _chunks(cpu, q, len(k), size).map(chunk, q)
 
-    return layout.largest(*_cpu_or_not(local, q, k, offset), len(k))[1]
+    largest, ids = _cpu_or_not(local, q, k, offset)
+    return layout.largest(largest, ids, len(k))[1]
 
   tokens, codes = Spec(layout.tokens), Spec(layout.codes)
   return layout.run(search, (q, k, offset), (tokens, codes, codes), tokens)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from coda_jax import sharding, tokenize_dataset, weights
 from coda_jax import config as c
+from coda_jax import sharding, tokenize_dataset, weights
 from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 from tests import tiny
