@@ -93,7 +93,7 @@ class Checkpoints:
     Raises:
       UserError: none can be read, or they are of another structure.
     """
-    damaged: dict[int, str] = {}
+    damaged, error = [], None
     for step in reversed(self.steps):
       state, reason = None, ""
       try:
@@ -103,17 +103,17 @@ class Checkpoints:
         if kept is not None and kept != _checksums(state):
           reason = "its arrays are not those that were saved"
       except Exception as e:
-        reason = _first_line(e)
+        reason, error = _first_line(e), e
       # One process that cannot read it is enough.
       if all(np.ravel(multihost_utils.process_allgather(np.array(not reason)))):
         self._set_aside(damaged)
         return step, state
-      damaged[step] = reason or "another process cannot read it"
-    reasons = "; ".join(f"{step} ({reason})" for step, reason in damaged.items())
+      damaged.append(step)
     raise UserError(
-      f"no checkpoint in {self.directory} can be read: {reasons}. Restore one of these folders "
-      f"from a copy; or remove {self.directory} to begin anew"
-    )
+      f"the checkpoints {', '.join(map(str, damaged))} in {self.directory} are damaged or of "
+      "another version (--debug shows the last error): restore one of these folders from a copy, "
+      f"or remove {self.directory} to begin anew"
+    ) from error
 
   def _set_aside(self, damaged: Collection[int]) -> None:
     """Renames damaged checkpoints, because their steps will be saved again."""
