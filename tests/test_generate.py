@@ -128,7 +128,7 @@ def test_bad_input_writes_nothing(folder, tmp_path, monkeypatch, words, message)
   ],
 )
 def test_wrong_usage(folder, tmp_path, words):
-  with pytest.raises(cli.UsageError):
+  with pytest.raises((cli.UsageError, SystemExit)):
     run(folder, tmp_path / "out", *words)
 
 

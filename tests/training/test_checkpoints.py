@@ -52,7 +52,9 @@ def test_keeps_the_latest_and_the_best(checkpoints):
 def test_another_structure(checkpoints):
   checkpoints.save(1, state(1.0))
   checkpoints.wait()
-  with pytest.raises(UserError, match="checkpoints 1 in .*/checkpoints are damaged or of another version"):
+  with pytest.raises(
+    UserError, match="checkpoints 1 in .*/checkpoints are damaged or of another version"
+  ):
     checkpoints.restore(like() | {"y": jax.ShapeDtypeStruct((2,), jnp.float32)})
   assert checkpoints.latest == 1, "what was never read again is not set aside"
 
