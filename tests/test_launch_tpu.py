@@ -17,7 +17,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUB = ROOT / "tests" / "launch_stub"
-SCRIPTS = ["launch_tpu.sh", "tools/tpu_worker.sh"]
+SCRIPTS = ["launch_tpu.sh", "tools/tpu_cloud.sh", "tools/tpu_worker.sh"]
 EXAMPLES = ["examples/gpu_box.sh", "examples/slurm.sbatch", "examples/xpk.sh"]
 HERE = ["--name", "t", "--zone", "z", "--project", "p"]
 TPU = [*HERE, "--type", "v5litepod-16"]
@@ -143,7 +143,8 @@ def test_normal_run(cloud):
   out = cloud("babysit", *TPU, *COMMAND)
   said = re.findall(r"^\S+ t: (.*)", out, re.MULTILINE)
   assert said[:5] == ["NONE", *states[:3], "ACTIVE, node READY"]
-  assert "done: gs://b/run/tokenizer/config.json" in out
+  assert "done: the result is in gs://b/run\n" in out
+  assert out.count("node READY") == 1
   assert "costs money until: ./launch_tpu.sh down --name t --zone z --project p" in out
   (create,) = cloud.calls("queued-resources create t")
   assert "--runtime-version=v2-alpha-tpuv5-lite" in create
@@ -201,7 +202,7 @@ def test_distributed_is_added_once(cloud):
 def test_artefact_on_the_vm(cloud):
   cloud.play("done-here", workers=1)
   out = cloud("babysit", *HERE, "--type=v5litepod-8", "--", "bash", "program.sh", "--workdir=run")
-  assert "done: run/tokenizer/config.json" in out
+  assert "done: the result is in run" in out
   assert all("--worker=0" in c for c in cloud.calls("ssh", "config.json"))
 
 
@@ -229,7 +230,7 @@ def test_a_result_before_the_preemption_ends_it(cloud):
   (cloud.folder / "go").touch()
   cloud.until((cloud.folder / "vms" / "1" / "coda_run" / "code").exists)
   (cloud.folder / "preempt").touch()
-  assert "done: gs://b/run" in cloud("babysit", *HERE)
+  assert "done: the result is in gs://b/run" in cloud("babysit", *HERE)
   assert len(cloud.calls("queued-resources create")) == 1
 
 
@@ -309,6 +310,12 @@ def test_cloud_that_does_not_answer_is_no_preemption(cloud):
   assert "preemption" not in out and "done:" in out
 
 
+def test_cloud_that_never_answers(cloud):
+  cloud.play(describe_errors=[True])
+  out = cloud("babysit", *TPU, *COMMAND, code=1)
+  assert out == "error: gcloud: ERROR: (gcloud.stub) UNAVAILABLE: connection reset \n"
+
+
 def test_quota(cloud):
   error = "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0 in region z."
   cloud.play(create_errors=[error] * 9)
@@ -359,6 +366,21 @@ def test_a_new_vm_gets_the_checkout_of_before(cloud):
   cloud("sync", *HERE)
   (cloud.checkout / "program.sh").write_text("exit 1")
   assert "done:" in cloud("babysit", *HERE, *COMMAND)
+
+
+def test_git_says_what_is_packed(cloud):
+  git = ["git", "-C", str(cloud.checkout), "-c", "user.name=a", "-c", "user.email=b"]
+  for name in ("tracked.py", "removed.py", "a new.py", "ignored.log"):
+    (cloud.checkout / name).touch()
+  (cloud.checkout / ".gitignore").write_text("*.log\n")
+  subprocess.run([*git, "init", "-q"], check=True)
+  subprocess.run([*git, "add", "tracked.py", "removed.py"], check=True)
+  (cloud.checkout / "removed.py").unlink()
+  cloud("up", *TPU)
+  cloud("sync", *HERE)
+  there = {p.name for p in (cloud.folder / "vms" / "1" / "coda_jax").iterdir()}
+  assert {"tracked.py", "a new.py", "launch_tpu.sh"} <= there
+  assert not {"removed.py", "ignored.log", ".git"} & there
 
 
 def test_ctrl_c_leaves_the_run(cloud):
