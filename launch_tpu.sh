@@ -42,7 +42,9 @@ babysit() {
     esac
     [ -z "$again" ] || [ "$verdict" = none ] || [ "$verdict" = bare ] || verdict=again
     case $verdict in
-      bare | none) if install; then start || true; fi ;;
+      bare | none)
+        if install; then start || true
+        elif [[ $(node) = READY* ]]; then failure "not installed on every worker"; fi ;;
       again) start || true ;;
       running) [ "$was" = running ] || say "$name runs; $(here logs) shows it" ;;
       stopped) say "the run was stopped by hand; -- COMMAND starts it again"; costs; return ;;
@@ -92,7 +94,7 @@ down() {
     *)
       if [ -z "$yes$dry_run" ]; then
         [ -t 0 ] || die "down asks before it deletes $name; add --yes"
-        read -rp "$name is $now. Its run loses what it did since the last checkpoint. Delete? [y/N] " sure
+        read -rp "Delete $name ($now)? Its run loses what is younger than its checkpoint. [y/N] " sure
         [[ $sure = [yY]* ]] || die "$name stays"
       fi
       delete
@@ -104,7 +106,8 @@ down() {
 # --- the command line
 
 exec 3>&1
-subcommand=${1:-} command=() artefacts=() assumed=NONE assumed_verdict=none shown='' again='' given='' workdir='' workers=1
+subcommand=${1:-} command=() artefacts=() workdir='' workers=1 shown='' again='' given=''
+assumed=NONE assumed_verdict=none  # what a dry run takes the answers for
 case $subcommand in
   up | sync | run | babysit | logs | status | stop | down) shift ;;
   -h | --help | help) usage && exit ;;
@@ -183,8 +186,9 @@ trains() { [[ " ${command[*]} " = *' -m coda_jax.train '* ]]; }
 if [ "$subcommand" = run ] || [ "$subcommand" = babysit ]; then
   if ((${#command[@]})); then
     ! trains || [[ " ${command[*]} " = *' --distributed '* ]] || command+=(--distributed)
-    given=other
-    ! printf '%s\0' "${command[@]}" | cmp -s - "$state/command" || given=same
+    given=same
+    [ ! -e "$state/command" ] ||
+      printf '%s\0' "${command[@]}" | cmp -s - "$state/command" || given=other
   elif [ -e "$state/command" ]; then
     while IFS= read -r -d '' o; do command+=("$o"); done <"$state/command"
   else
@@ -211,7 +215,8 @@ if [ "$subcommand" = run ] || [ "$subcommand" = babysit ]; then
   fi
 fi
 
-trap 'say "$name goes on. $(here babysit) comes back to it; $(here stop) ends the run, $(here down) the costs"
+trap 'say "$name goes on. $(here babysit) comes back to it;" \
+    "$(here stop) ends the run, $(here down) the costs"
   exit 130' INT TERM
 case $subcommand in
   up)
@@ -233,7 +238,7 @@ case $subcommand in
   babysit)
     if [ -z "$dry_run" ]; then
       ! kill -0 "$(kept babysitter)" 2>/dev/null ||
-        die "process $(kept babysitter) watches $name already (if it does not, remove $state/babysitter)"
+        die "process $(kept babysitter) watches $name already (if not, remove $state/babysitter)"
       keep babysitter $$
       trap 'rm -f "$errors" "$state/babysitter"' EXIT
       [ -z "$given" ] || { forget failures && forget preemptions; }

@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-stopped=
+stopped='' run=''
 trap 'stopped=1; kill -TERM "$run" 2>/dev/null' TERM INT
 failures=0
 while :; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # xpk: a workload on a GKE cluster with TPUs; this is also the way to TPU7x.
 #   PROJECT=P ZONE=Z CLUSTER=C IMAGE=python:3.12 WORKDIR=gs://BUCKET/flux examples/xpk.sh [--dry-run]
-# The cluster, once:
+# From a fresh clone: xpk packs the whole folder. The cluster, once:
 #   xpk cluster create --cluster=C --project=P --zone=Z --tpu-type=v5litepod-16 --num-slices=1 --spot
 set -euo pipefail
 : "${PROJECT:?}" "${ZONE:?}" "${CLUSTER:?}" "${WORKDIR:?gs://BUCKET/flux}"

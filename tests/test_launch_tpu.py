@@ -266,6 +266,14 @@ def test_wrong_usage_gives_up_at_once(cloud):
   assert len(cloud.starts(0)) == 1
 
 
+def test_an_installation_that_fails_gives_up(cloud):
+  (cloud.folder / "uv_fails").touch()
+  out = cloud("babysit", *TPU, *COMMAND, code=1)
+  assert "[t-w-0] no such extra" in out
+  assert "error: gave up: not installed on every worker" in out
+  assert not cloud.starts(0)
+
+
 def test_exit_code_0_without_the_artefact(cloud):
   cloud.play(0, 0, "done")
   out = cloud("babysit", *TPU, *COMMAND)
@@ -350,6 +358,19 @@ def test_killed_babysitter_is_taken_up_again(cloud):
   assert again.returncode == 0 and "done:" in out
   assert len(cloud.starts(0)) == len(cloud.starts(1)) == 1
   assert len(cloud.calls("create")) == 1
+
+
+def test_taken_up_on_another_machine(cloud):
+  cloud.play("wait")
+  cloud("up", *TPU)
+  cloud("sync", *HERE)
+  cloud("run", *HERE, *COMMAND)
+  there = cloud.start("babysit", *TPU, *COMMAND, LAUNCH_STATE=str(cloud.folder / "there"))
+  cloud.until(lambda: len(cloud.calls("tpu-vm ssh")) >= 6)
+  (cloud.folder / "go").touch()
+  out, _ = there.communicate(timeout=60)
+  assert there.returncode == 0 and "done: " in out
+  assert len(cloud.starts(0)) == 1
 
 
 def test_type_and_tier_are_remembered(cloud):

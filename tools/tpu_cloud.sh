@@ -108,7 +108,8 @@ ready() {  # makes the TPU if it is not there, and waits until its workers are R
 there() {
   local now
   read -r now workers <<<"$(node)"
-  [ "$now" = READY ] || die "$name is $now, not READY; $(here up) makes it or waits for it $(complaint)"
+  [ "$now" = READY ] ||
+    die "$name is $now, not READY; $(here up) makes it or waits for it $(complaint)"
 }
 
 # --- the workers
@@ -137,8 +138,12 @@ unpack() {
 pack() {  # what git tracks and what is new, not what it ignores
   say "packs this checkout"
   local list=(git ls-files -z --cached --others --exclude-standard) file
-  git rev-parse 2>/dev/null || list=(find . -type d \( -name .venv -o -name .git -o -name runs \) -prune -o -type f -print0)
-  if [ -n "$dry_run" ]; then echo "+$(quoted "${list[@]}") | tar -czf $state/checkout.tgz --null -T -" >&3; return; fi
+  git rev-parse 2>/dev/null ||
+    list=(find . -type d \( -name .venv -o -name .git -o -name runs \) -prune -o -type f -print0)
+  if [ -n "$dry_run" ]; then
+    echo "+$(quoted "${list[@]}") | tar -czf $state/checkout.tgz --null -T -" >&3
+    return
+  fi
   "${list[@]}" | while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
     COPYFILE_DISABLE=1 tar -czf "$state/checkout.tgz" --null -T -
 }
@@ -152,13 +157,14 @@ start() {
   local before=run
   [ -n "$dry_run$(kept started)" ] || ! finished || before=result  # of a run that now gets longer
   say "starts on all workers ($workers):$(quoted "${command[@]}")"
-  retry task start "${command[@]}" >/dev/null || return 1
+  # Written before, so that a babysitter that is killed here is taken up again.
   [ -n "$dry_run" ] || printf '%s\0' "${command[@]}" >"$state/command"
   [ -n "$(kept started)" ] || keep started "$before"
+  retry task start "${command[@]}" >/dev/null || return 1
   assumed_verdict=0 again=
 }
 
-look() {  # sets verdict: bare, none, running, stopped, lost or an exit code; fails if a worker is silent
+look() {  # sets verdict: bare, none, running, stopped, lost or an exit code; fails if one is silent
   local said
   # shellcheck disable=SC2016  # the VM's shell expands it
   said=$(on_workers 'if [ -f coda_jax/tools/tpu_worker.sh ]; then

@@ -24,15 +24,15 @@ install() {  # EXTRAS PYTHON; the image's own Python is too old
   uv pip install --python ~/coda_venv/bin/python -e "$HOME/coda_jax[$1]"
 }
 
-stop() {  # SECONDS: lets the run save and end, then kills it
+stop() {  # SECONDS: lets the run save and end, then kills what is left of its group
   local i
-  # Not the whole group: the processes that read data serve until the run has saved.
-  ! alive || pkill -TERM -P "$(cat pid)" || true
+  alive || return 0
+  pkill -TERM -P "$(cat pid)" || true  # not the group: processes that read data serve until it saved
   for ((i = 0; i < 5 * $1; i++)); do
-    alive || return 0
+    alive || break
     sleep 0.2
   done
-  ! alive || kill -KILL -- "-$(cat pid)" || true
+  kill -KILL -- "-$(cat pid)" 2>/dev/null || true
 }
 
 free_chips() {
