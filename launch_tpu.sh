@@ -35,7 +35,7 @@ babysit() {
   local was='' found
   while :; do
     ready
-    if ! look; then say "no answer from every worker: $(complaint)"; pause; continue; fi
+    if ! look; then once "no answer from every worker: $(complaint)"; pause; continue; fi
     case $given:$verdict in
       other:running) die "$name runs another command; $(here stop) ends it" ;;
       other:* | same:stopped) [ "$verdict" = bare ] || verdict=none; forget started ;;
@@ -54,7 +54,7 @@ babysit() {
         case $found in
           0) complete ;;
           1) again=1 && failure "the run ended with 0, but ${artefacts[0]} is not there" ;;
-          2) say "no answer about ${artefacts[0]}: $(complaint)" ;;
+          2) once "no answer about ${artefacts[0]}: $(complaint)" ;;
         esac ;;
       75) again=1 && preemption "the run was told to stop, and saved" ;;
       lost) again=1 && preemption "a VM has restarted" ;;
@@ -106,7 +106,7 @@ down() {
 # --- the command line
 
 exec 3>&1
-subcommand=${1:-} command=() artefacts=() workdir='' workers=1 shown='' again='' given=''
+subcommand=${1:-} command=() artefacts=() workdir='' workers=1 shown='' said_once='' again='' given=''
 assumed=NONE assumed_verdict=none  # what a dry run takes the answers for
 case $subcommand in
   up | sync | run | babysit | logs | status | stop | down) shift ;;
@@ -191,6 +191,7 @@ if [ "$subcommand" = run ] || [ "$subcommand" = babysit ]; then
       printf '%s\0' "${command[@]}" | cmp -s - "$state/command" || given=other
   elif [ -e "$state/command" ]; then
     while IFS= read -r -d '' o; do command+=("$o"); done <"$state/command"
+    artefact=${artefact:-$(kept artefact)} shared_workdir=${shared_workdir:-$(kept shared_workdir)}
   else
     wrong "the command is missing: -- python -m coda_jax.train --config=... --workdir=gs://..."
   fi

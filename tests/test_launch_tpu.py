@@ -203,7 +203,7 @@ def test_artefact_on_the_vm(cloud):
   cloud.play("done-here", workers=1)
   out = cloud("babysit", *HERE, "--type=v5litepod-8", "--", "bash", "program.sh", "--workdir=run")
   assert "done: the result is in run" in out
-  assert all("--worker=0" in c for c in cloud.calls("ssh", "config.json"))
+  assert all("--worker=all" in c for c in cloud.calls("ssh", "config.json"))
 
 
 # --- preemptions and failures
@@ -379,6 +379,16 @@ def test_type_and_tier_are_remembered(cloud):
   cloud("babysit", *HERE, *COMMAND)
   creates = cloud.calls("queued-resources create")
   assert len(creates) == 2 and all("--spot" in c for c in creates)
+
+
+def test_where_the_result_lies_is_remembered(cloud):
+  cloud.play("done-here", 0)
+  command = ["--", "bash", "program.sh", "--workdir=run"]
+  cloud("up", *TPU)
+  cloud("sync", *HERE)
+  cloud("run", *HERE, "--shared-workdir", "--artefact=run/it", *command)
+  out = cloud("babysit", *HERE, "--max-failures=1", code=1)
+  assert "run/it is not there" in out
 
 
 def test_a_new_vm_gets_the_checkout_of_before(cloud):

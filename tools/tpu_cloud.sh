@@ -7,6 +7,7 @@
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&3; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 wrong() { printf 'launch_tpu.sh: error: %s (--help lists the options)\n' "$*" >&2; exit 2; }
+once() { [ "$*" = "$said_once" ] || say "$*"; said_once=$*; }
 here() { echo "./launch_tpu.sh $1 --name $name --zone $zone --project $project"; }
 kept() { cat "$state/$1" 2>/dev/null || true; }
 keep() { [ -n "$dry_run" ] || echo "$2" >"$state/$1"; }
@@ -39,7 +40,9 @@ cloud() {
   if [ -n "$dry_run" ]; then printf '+%s\n' "$(quoted gcloud "$@")" >&3; return; fi
   gcloud "$@" </dev/null 2>"$errors"
 }
-complaint() { grep -v '^ *$' "$errors" | tail -n 3 | tr '\n' ' ' || true; }
+complaint() {  # one line of it: from gcloud's ERROR on, or the last lines
+  { sed -n '/ERROR/,$p' "$errors" | grep . || tail -n 3 "$errors"; } | tr -s '\n ' ' ' | cut -c1-250
+}
 missing() { grep -qiE 'not.?found|no objects' "$errors"; }
 
 asked() {  # queued-resources|tpu-vm FORMAT ASSUMED_IN_A_DRY_RUN; NONE where there is none
@@ -160,6 +163,7 @@ start() {
   # Written before, so that a babysitter that is killed here is taken up again.
   [ -n "$dry_run" ] || printf '%s\0' "${command[@]}" >"$state/command"
   [ -n "$(kept started)" ] || keep started "$before"
+  keep artefact "$artefact" && keep shared_workdir "$shared_workdir"
   retry task start "${command[@]}" >/dev/null || return 1
   assumed_verdict=0 again=
 }
@@ -189,8 +193,8 @@ finished() {  # 0: an artefact is there, 1: none is, 2: no answer
       done
       return 1 ;;
   esac
-  said=$(cloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 $ssh_flags \
-    --command="cd coda_jax && ls$(quoted "${artefacts[@]}") 2>/dev/null; echo @worker") || return 2
+  said=$(on_workers "cd coda_jax && ls$(quoted "${artefacts[@]}") 2>/dev/null; echo @worker") ||
+    return 2
   [ -n "$dry_run" ] || grep -q '^[^@]' <<<"$said"
 }
 finished_before() { [ "$(kept started)" = run ] && [[ ${artefacts[0]:-} = gs://* ]] && finished; }
