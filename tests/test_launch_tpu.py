@@ -412,6 +412,9 @@ def test_git_says_what_is_packed(cloud):
   there = {p.name for p in (cloud.folder / "vms" / "1" / "coda_jax").iterdir()}
   assert {"tracked.py", "a new.py", "launch_tpu.sh"} <= there
   assert not {"removed.py", "ignored.log", ".git"} & there
+  (cloud.checkout / "data.bin").write_bytes(bytes(3 * 2**20))
+  out = cloud("sync", *HERE, "--max-pack=1", code=1)
+  assert "error: the checkout has 3 MB, more than --max-pack=1" in out
 
 
 def test_ctrl_c_leaves_the_run(cloud):

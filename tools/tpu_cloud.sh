@@ -140,13 +140,17 @@ unpack() {
 
 pack() {  # what git tracks and what is new, not what it ignores
   say "packs this checkout"
-  local list=(git ls-files -z --cached --others --exclude-standard) file
+  local list=(git ls-files -z --cached --others --exclude-standard) file megabytes
   git rev-parse 2>/dev/null ||
     list=(find . -type d \( -name .venv -o -name .git -o -name runs \) -prune -o -type f -print0)
   if [ -n "$dry_run" ]; then
     echo "+$(quoted "${list[@]}") | tar -czf $state/checkout.tgz --null -T -" >&3
     return
   fi
+  megabytes=$({ "${list[@]}" | xargs -0 du -k 2>/dev/null || true; } |
+    awk '{ n += $1 } END { print int(n / 1024) }')
+  ((megabytes <= max_pack)) ||
+    die "the checkout has $megabytes MB, more than --max-pack=$max_pack: .gitignore what should stay"
   "${list[@]}" | while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
     COPYFILE_DISABLE=1 tar -czf "$state/checkout.tgz" --null -T -
 }
