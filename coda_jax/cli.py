@@ -106,6 +106,10 @@ def path(text: str) -> pathlib.Path:
   """A path of the command line, for argparse's `type`; `~` is the home folder."""
   if not text or "\0" in text:
     raise argparse.ArgumentTypeError("the path is empty" if not text else "a path with a null byte")
+  if re.match(r"[a-z][a-z0-9+.-]+://", text):
+    raise argparse.ArgumentTypeError(
+      f"{text}: object stores cannot be written yet; mount the bucket, or name a folder"
+    )
   try:
     return pathlib.Path(text).expanduser()
   except RuntimeError as e:

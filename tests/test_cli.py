@@ -1,5 +1,6 @@
 """Exit codes, one-line errors and config overrides."""
 
+import argparse
 import errno
 import pathlib
 import subprocess
@@ -170,6 +171,24 @@ def test_the_package_carries_config_files(tmp_path, monkeypatch):
 )
 def test_default_workdir(spec, folder):
   assert cli.default_workdir(spec) == pathlib.Path(folder)
+
+
+def test_paths(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  assert cli.path("~/run") == pathlib.Path("/home/me/run")
+  for text, message in (("", "empty"), ("gs://bucket/run", "mount the bucket"), ("a\0b", "null")):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+      cli.path(text)
+
+
+def test_config_files_in_folders_with_colons():
+  for spec, parts in (
+    ("a.py:b", ("a.py", "b")),
+    ("/x:y/a.py", ("/x:y/a.py", "")),
+    ("C:\\runs\\a.py:b:c", ("C:\\runs\\a.py", "b:c")),
+    ("a:b", ("a", "b")),
+  ):
+    assert cli._split(spec) == parts
 
 
 def test_quiet_leaves_our_own_log_alone():
