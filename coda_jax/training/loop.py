@@ -232,6 +232,8 @@ class _Preemption:
   def at_once(self, allowed: bool):
     """A signal within the block ends it, if `allowed`: nothing that is not saved would be lost."""
     self._at_once = allowed and not self._distributed
+    if self._at_once and self._received:
+      raise _Stopped
     try:
       yield
     finally:
