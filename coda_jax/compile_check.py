@@ -17,7 +17,7 @@ import logging
 
 import jax
 
-from coda_jax import cli
+from coda_jax import cli, config
 from coda_jax.errors import UserError
 from coda_jax.planning import chips, compiling, programs, table, verdict
 from coda_jax.training import registry
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
   return 0 if result["fits"] else 1
 
 
-def _tokenizer(args: argparse.Namespace):
+def _tokenizer(args: argparse.Namespace) -> config.TrainConfig | None:
   """Settings of the tokenizer's training, of a generator whose tokenizer may not be there."""
   if args.config.get("kind") != "maskgit":
     if args.tokenizer_config:
@@ -97,7 +97,7 @@ def _tokenizer(args: argparse.Namespace):
   if spec is None:
     return None
   settings = registry.resolve(cli.load_config(spec))
-  if settings.kind != "tokenizer":
+  if not isinstance(settings, config.TrainConfig):
     raise UserError(f"--tokenizer-config={spec} is of kind {settings.kind!r}, not 'tokenizer'")
   return settings
 

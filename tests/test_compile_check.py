@@ -98,7 +98,7 @@ def test_the_largest_batch(config, capsys, monkeypatch):
   [
     (["--topology=v5e-5"], 2, "v5e-64, v5litepod-16"),
     (["--topology=mine:2x2"], 2, "write NAME:SHAPE"),
-    (["--topology=v5e-4", "--what=sample"], 2, "nothing that a config of kind 'tokenizer' has"),
+    (["--topology=v5e-4", "--what=sample"], 2, "kind 'tokenizer' has no such program"),
     (["--topology=v5e-4", "--what=all"], 2, "invalid choice"),
     (["--topology=v5e-4", "--tokenizer-config=x.py"], 2, "kind 'maskgit'"),
     (["--topology=v5e-4", "--config.data.batch_size=6"], 1, "a micro-batch is 6 images"),

@@ -126,7 +126,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
     "program": m.generated_code_size_in_bytes,
   }
   memory = {k: n * v for k, v in memory.items()}
-  counted = costs.count(hlo.parse(compiled.as_text()), topology.chips * n)
+  counted = costs.count(hlo.parse(compiled.as_text() or ""), topology.chips * n)
   xla: Any = compiled.cost_analysis()
   return {
     "fits": sum(memory.values()) <= topology.chip.hbm,

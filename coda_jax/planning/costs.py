@@ -2,8 +2,8 @@
 
 XLA's own analysis counts the body of a loop once; here it counts as often as it runs. FLOPs are
 those of convolutions and matrix products, two a multiplication, without products with the zeros of
-padding and dilation, as XLA counts them. Traffic is what each operation reads and writes of the main
-memory: of a fusion only its arguments and results, of slices what they take; buffers that the
+padding and dilation, as XLA counts them. Traffic is what each operation reads and writes of the
+main memory: of a fusion only its arguments and results, of slices what they take; buffers that the
 compiler keeps on the chip are left out, and the padding of layouts counts.
 """
 
@@ -64,9 +64,9 @@ class Costs:
     self.traffic += times * other.traffic
     self.sent += times * other.sent
     self.unknown_loops += other.unknown_loops
-    for mine, theirs in ((self.payload, other.payload), (self.count, other.count)):
-      for kind, n in theirs.items():
-        mine[kind] = mine.get(kind, 0) + times * n
+    for kind, n in other.payload.items():
+      self.payload[kind] = self.payload.get(kind, 0) + times * n
+      self.count[kind] = self.count.get(kind, 0) + times * other.count[kind]
 
 
 def count(module: Module, devices: int) -> Costs:
@@ -149,6 +149,8 @@ class _Counter:
       return 2 * sum(map(_main, where.instructions[update].results))
     if i.op == "copy-start":  # (target, source, context)
       return sum(results[:2])
+    if i.op == "slice-start":  # ((source), target, context)
+      return results[1] + (i.results[1].padded if results[0] else 0)
     if i.op == "broadcast":
       return sum(results)
     return sum(results) + sum(

@@ -25,11 +25,10 @@ def trip_count(module: Module, where: Computation, loop: Instruction) -> int | N
   if found is None:
     return None
   direction, left, right = found
-  values = [_value(module, where, condition, loop, side) for side in (left, right)]
-  if None in values:
-    return None
   # The element that the body changes starts with its first value: the other is the bound.
-  start, bound = values
+  start, bound = (_value(module, where, condition, loop, side) for side in (left, right))
+  if start is None or bound is None:
+    return None
   if direction == "GT":
     start, bound, direction = bound, start, "LT"
   if direction == "NE" or direction == "LT":

@@ -1,4 +1,4 @@
-"""The programs of a run for devices that need not exist: the trainer's own, with shapes for arrays."""
+"""The programs of a run for devices that need not exist: the trainer's own, of shapes."""
 
 import contextlib
 import dataclasses

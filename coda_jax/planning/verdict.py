@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 from coda_jax import sharding
 
 MOST = 4096  # images a chip at which a search ends
@@ -66,6 +65,7 @@ def try_remedies(
   """Each remedy by itself: {"remedy", "flags", "fits", "needs", ...}, of the last change tried."""
   rows = []
   for name, options in remedies(what, settings, devices):
+    row = {}
     for changes in options:
       found = measure(changed(settings, **changes))
       tell(f"tried {flag(changes)}: {'fits' if found['fits'] else 'does not fit'}")

@@ -194,6 +194,23 @@ def test_a_program_of_a_tpu():
   assert arrays <= found.traffic <= arrays + scalars
 
 
+def test_moves_to_memory_on_the_chip_read_what_they_take():
+  text = "\n".join(
+    [
+      "ENTRY %main (x: f32[64,256]) -> f32[64,128] {",
+      "  %x = f32[64,256]{1,0:T(8,128)} parameter(0)",
+      "  %s = ((f32[64,256]{1,0:T(8,128)}), f32[64,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+      "slice-start(%x), slice={[0:64], [0:128]}",
+      "  %d = f32[64,128]{1,0:T(8,128)S(1)} slice-done(%s)",
+      "  %c = (f32[64,256]{1,0:T(8,128)S(1)}, f32[64,256]{1,0:T(8,128)}, u32[]{:S(2)}) "
+      "copy-start(%x)",
+      "  ROOT %e = f32[64,256]{1,0:T(8,128)S(1)} copy-done(%c)",
+      "}",
+    ]
+  )
+  assert count(hlo.parse(text), 1).traffic == 4 * 64 * (128 + 256)
+
+
 def test_shapes():
   (shape,) = hlo.shapes("bf16[32,2,40,64]{3,0,2,1:T(8,128)(2,1)S(1)}")
   assert (shape.bytes, shape.space) == (2 * 32 * 2 * 40 * 64, 1)
