@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # where coda_jax/ is
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where coda_jax/ is
 
 from coda_jax import outputs
 from coda_jax.planning import chips, compiling
 
+ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks/results/scaling.json", ROOT / "docs/scaling.md"
 POINTS = ("<!-- from benchmarks/scaling.py -->", "<!-- to here -->")
 PODS = ("v5e-16", "v5e-64", "v5e-256", "v4-32", "v5p-64", "v6e-64")
