@@ -63,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     raise cli.UsageError(str(e)) from e
   settings, tokenizer = registry.resolve(args.config), _tokenizer(args)
   if args.what == {"tokenizer": "sample", "maskgit": "encode"}[settings.kind]:
-    raise cli.UsageError(
-      f"--what={args.what} is nothing that a config of kind {settings.kind!r} has"
-    )
+    raise cli.UsageError(f"--what={args.what}: kind {settings.kind!r} has no such program")
   store = compiling.Store(args.json)
   jax.config.update("jax_platforms", "cpu")
   devices = chips.devices(topology)
@@ -90,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
 def _tokenizer(args: argparse.Namespace) -> config.TrainConfig | None:
   """Settings of the tokenizer's training, of a generator whose tokenizer may not be there."""
   if args.config.get("kind") != "maskgit":
-    if args.tokenizer_config:
+    if args.tokenizer_config is not None:
       raise cli.UsageError("--tokenizer-config is for a config of kind 'maskgit'")
     return None
-  spec = args.tokenizer_config or _TOKENIZERS.get(args.config.data.tokenizer)
-  if spec is None:
+  spec = args.tokenizer_config
+  if spec is None and args.config.data.tokenizer not in _TOKENIZERS:
     return None
+  spec = _TOKENIZERS[args.config.data.tokenizer] if spec is None else spec
   settings = registry.resolve(cli.load_config(spec))
   if not isinstance(settings, config.TrainConfig):
     raise UserError(f"--tokenizer-config={spec} is of kind {settings.kind!r}, not 'tokenizer'")

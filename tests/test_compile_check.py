@@ -112,11 +112,13 @@ def test_wrong_usage_is_one_line(config, capsys, words, code, line):
   assert line in error and error.count("\n") == 1
 
 
-def test_a_file_of_other_results(config, tmp_path, capsys):
-  file = tmp_path / "other.json"
-  file.write_text("[]")
-  assert call(f"--config={config}", "--topology=v5e-4", f"--json={file}") == 1
-  assert "holds no results of this command" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["other.json", "other.json/x", ".", "/dev/null", "/proc/x/y"])
+def test_files_that_hold_no_results(config, tmp_path, capsys, monkeypatch, name):
+  (tmp_path / "other.json").write_text("[]")
+  monkeypatch.setattr(compiling, "_compile", None)  # it is told before
+  assert call(f"--config={config}", "--topology=v5e-4", f"--json={tmp_path / name}") == 1
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "error: " in error and "--debug" not in error
 
 
 def test_without_libtpu(config, capsys, monkeypatch):

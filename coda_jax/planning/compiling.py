@@ -27,11 +27,17 @@ class Store:
 
   Args:
     path: the file; None keeps nothing beyond this object.
+
+  Raises:
+    UserError: the file holds something else.
+    OSError: it cannot be written.
   """
 
   def __init__(self, path: pathlib.Path | None):
     self._path, self._compiled, self._result = path, {}, None
-    if path is not None and path.exists():
+    if path is not None and not path.exists():
+      self._write()  # now, not after minutes, if it cannot be
+    elif path is not None:
       try:
         self._compiled = json.loads(path.read_text())["compiled"]
       except (OSError, ValueError, KeyError, TypeError) as e:
