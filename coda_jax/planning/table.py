@@ -1,6 +1,7 @@
 """A result as lines for a person."""
 
 from coda_jax.planning.compiling import gib
+from coda_jax.planning.verdict import MOST
 
 _GROUPS = {
   "frozen": "frozen networks",
@@ -28,7 +29,8 @@ def lines(result: dict) -> list[str]:
     out += _work(result)
   out += [f"tried: {_tried(row)}" for row in (*result["remedies"], *result["search"])]
   if result["largest"] is not None:
-    out.append(f"largest batch: {result['largest']} images a device at a time")
+    more = " or more" if result["largest"] == MOST else ""
+    out.append(f"largest batch: {result['largest']}{more} images a device at a time")
   return [*out, verdict(result)]
 
 

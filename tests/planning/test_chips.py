@@ -2,6 +2,8 @@
 
 import pytest
 
+from coda_jax import config as c
+from coda_jax import sharding
 from coda_jax.errors import UserError
 from coda_jax.planning import chips
 
@@ -59,3 +61,15 @@ def test_devices(text, slices, count):
 def test_a_shape_that_no_host_has():
   with pytest.raises(UserError, match="v5e:3x2: libtpu refuses it"):
     chips.devices(chips.parse("v5e:3x2"))
+
+
+@pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed (extra `tpu`)")
+def test_a_mesh_over_slices():
+  """Only the data axis crosses the network between slices."""
+  devices = chips.devices(chips.parse("v5e-4", slices=2))
+  mesh = sharding.make_mesh(c.MeshSettings(fsdp=2), devices)
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "model": 1}
+  of = [[d.slice_index for d in row.flat] for row in mesh.devices]
+  assert of == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(UserError, match="data=1 is not a multiple of the 2 slices"):
+    sharding.make_mesh(c.MeshSettings(data=1, fsdp=-1), devices)
