@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from coda_jax.config import MeshSettings
@@ -17,8 +18,10 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(settings: MeshSettings, devices=None) -> Mesh:
   """Mesh with the axes data, fsdp, model over `devices` (all by default).
 
+  Of several TPU slices, `data` alone runs over their slow network.
+
   Raises:
-    UserError: the axes' product is not the number of devices.
+    UserError: the axes' product is not the number of devices, or data no multiple of the slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = [settings.data, settings.fsdp, settings.model]
@@ -27,7 +30,14 @@ def make_mesh(settings: MeshSettings, devices=None) -> Mesh:
   if min(shape) < 1 or math.prod(shape) != len(devices):
     given = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
     raise UserError(f"config.mesh: {given} do not multiply to the {len(devices)} devices")
-  return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * 3, devices=devices)
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * 3, devices=devices)
+  if shape[0] % slices:
+    raise UserError(f"config.mesh: data={shape[0]} is not a multiple of the {slices} slices")
+  inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+  placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+  return Mesh(placed, AXES, (AxisType.Auto,) * 3)
 
 
 def spec_for(

@@ -25,7 +25,7 @@ from coda_jax.ops.resize import bicubic_resize
 Classes = Sequence[int | str | None] | Int[np.ndarray, "b"]
 
 
-def _decode(tokenizer: Tokenizer, ids):
+def decode(tokenizer: Tokenizer, ids):
   """Images of ids [B, N]; masked tokens add nothing to their level."""
   q = tokenizer.config.quantizer
   values = jnp.pad(tokenizer.quantizer.values(), ((0, 1), (0, 0)))  # the mask's value is 0
@@ -41,7 +41,7 @@ def _encode(tokenizer: Tokenizer, images):
   return jnp.concatenate([i.reshape(len(images), -1) for i in tokenizer.encode(images)], 1)
 
 
-_decode_ids, _encode_images = arrays.jit_module(_decode), arrays.jit_module(_encode)
+_decode_ids, _encode_images = arrays.jit_module(decode), arrays.jit_module(_encode)
 
 
 class Generator:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from coda_jax.arrays import jit_module
 from coda_jax.errors import UserError
 from coda_jax.generation.masking import ORDERS, SCHEDULES, masked_counts
-from coda_jax.models.maskgit import MaskGIT
+from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 
 RAMPS = ("linear", "constant", "cosine")
 _BLOCK = 128  # codes of which the cumulative sum is taken at a time
@@ -134,6 +134,27 @@ class Form:
   chunk: int
 
 
+def form_of(
+  settings: SamplerSettings,
+  config: MaskGITConfig,
+  batch: int,
+  devices: int = 1,
+  keep_steps: bool = False,
+  chunk_size: int | None = None,
+) -> Form:
+  """The form of the loop for a batch that is split over `devices`; see `sample`."""
+  if chunk_size is None:
+    chunk_size = _ELEMENTS * devices // (batch * config.codebook_size)
+  return Form(
+    coarse_to_fine=settings.order == "coarse_to_fine",
+    top_k=settings.top_k and min(settings.top_k, config.codebook_size),
+    nucleus=settings.top_p is not None,
+    guided=settings.guidance > 0,
+    keep_steps=keep_steps,
+    chunk=min(max(1, chunk_size), config.tokens),
+  )
+
+
 def sample(
   model: MaskGIT,
   ids: Int[Array | np.ndarray, "b n"],
@@ -176,22 +197,12 @@ def bind(model: MaskGIT, devices: int = 1) -> Callable[..., Sampled]:
 
   def bound(ids, condition, key, settings, *, index=None, keep_steps=False, chunk_size=None):
     settings.check(config.tokens)
-    batch = len(ids)
-    if chunk_size is None:
-      chunk_size = _ELEMENTS * devices // (batch * config.codebook_size)
-    form = Form(
-      coarse_to_fine=settings.order == "coarse_to_fine",
-      top_k=settings.top_k and min(settings.top_k, config.codebook_size),
-      nucleus=settings.top_p is not None,
-      guided=settings.guidance > 0,
-      keep_steps=keep_steps,
-      chunk=min(max(1, chunk_size), config.tokens),
-    )
+    form = form_of(settings, config, len(ids), devices, keep_steps, chunk_size)
     masked = np.sum(np.asarray(ids) == config.mask_id, 1)
     return run(
       jnp.asarray(ids, jnp.int32),
       jnp.asarray(condition, jnp.int32),
-      jnp.asarray(np.arange(batch) if index is None else index, jnp.uint32),
+      jnp.asarray(np.arange(len(ids)) if index is None else index, jnp.uint32),
       key,
       settings.per_step(masked),
       form,

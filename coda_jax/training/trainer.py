@@ -127,10 +127,9 @@ class Trainer(abc.ABC, Generic[State, Batch]):
       given: see `_fresh_state`; kept on the host.
     """
     self._given = jax.tree.map(np.array, given)
-    self._key = jax.device_put(
-      jax.random.key_data(jax.random.key(self.config.seed)), sharding.replicated(self.mesh)
-    )
-    self._frozen = jax.device_put(frozen, self._shardings(frozen))
+    key = jax.random.key_data(jax.random.key(self.config.seed))
+    self._key = self._placed(key, sharding.replicated(self.mesh))
+    self._frozen = self._placed(frozen, self._shardings(frozen))
     state = jax.eval_shape(self._first_state, self._key, self._given)
     self._state_shardings = self._shardings(state)
     self._abstract = checkpoints.abstract(state, self._state_shardings)
@@ -143,6 +142,10 @@ class Trainer(abc.ABC, Generic[State, Batch]):
       in_shardings=(self._state_shardings, self._shardings(frozen), replicated, batch),
       out_shardings=(self._state_shardings, replicated),
     )
+
+  def _placed(self, tree: Any, shardings: Any) -> Any:
+    """The arrays of `tree` on the mesh. `planning` has their shapes alone."""
+    return jax.device_put(tree, shardings)
 
   def _shardings(self, tree: Any):
     return sharding.tree_shardings(tree, self.mesh, self.config.mesh.rules)

@@ -1,0 +1,1 @@
+"""What a program needs of a TPU pod, from its compiler, on a machine without a TPU."""

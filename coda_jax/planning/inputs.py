@@ -1,0 +1,150 @@
+"""What a run reads, where it is not there: weights of zeros, one image, one record of tokens.
+
+A program depends on their shapes alone. What the config names is taken where it exists, but for
+images: of these one is enough.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from coda_jax import config as c
+from coda_jax import weights
+from coda_jax.data import records, tokens
+from coda_jax.errors import UserError
+from coda_jax.models.dino import DINO
+from coda_jax.models.lpips import LPIPS
+from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, VAEConfig
+
+# That of the demo, which `make demo` converts.
+DEMO_VAE = VAEConfig(
+  ch=32,
+  ch_mult=(1, 1, 2),
+  encoder_blocks=1,
+  decoder_blocks=1,
+  encoder_attn=(2,),
+  scale=0.9111,
+  norm_groups=8,
+)
+_VAES = {"MAR's": MAR_VAE, "FLUX's": FLUX_VAE, "the demo's": DEMO_VAE}
+_CLASSES, _IMAGES = 1000, 1_281_167  # of ImageNet
+
+
+def vae_config(settings: c.TokenizerSettings) -> VAEConfig:
+  """The VAE of a config: of its directory, or the known one whose latents the quantizer takes.
+
+  Raises:
+    UserError: there is no directory, and none that is known fits.
+  """
+  if _is_there(settings.vae):
+    fields = weights.read_config(settings.vae, "vae")
+    return weights.config_from_fields(VAEConfig, fields["vae"], f"{settings.vae}/config.json: vae")
+  for vae in _VAES.values():
+    if settings.image_size == settings.quantizer.patch_sizes[-1] * vae.downsampling:
+      return vae
+  raise UserError(
+    f"config.tokenizer.vae={settings.vae} is not there, and {settings.image_size} pixels in "
+    f"{settings.quantizer.patch_sizes[-1]} patches are the latents of no VAE that is known "
+    f"({', '.join(_VAES)}); name a directory that `python -m convert` wrote"
+  )
+
+
+def _is_there(path: str) -> bool:
+  return (pathlib.Path(path).expanduser() / "config.json").is_file()
+
+
+def _write(path: pathlib.Path, kind: str, fields: Mapping, make: Callable[[], nnx.Module]) -> str:
+  """A directory of zeros, for the module that `make` describes."""
+  zeros = {
+    name: np.broadcast_to(np.float32(0), shape)
+    for name, shape in weights.expected_shapes(make).items()
+  }
+  weights.write_directory(path, kind, fields, zeros)
+  return str(path)
+
+
+def stand_in(settings, folder: pathlib.Path, tokenizer: c.TrainConfig | None = None):
+  """The settings, with directories in `folder` for what they name and is not there.
+
+  Args:
+    settings: of a tokenizer or of a generator.
+    tokenizer: settings of the generator's tokenizer; of no use where the tokenizer is there.
+
+  Raises:
+    UserError: a VAE or a tokenizer that is not there is not known either.
+  """
+  if isinstance(settings, c.TrainConfig):
+    return _for_tokenizer(settings, folder)
+  return _for_generator(settings, folder, tokenizer)
+
+
+def _for_tokenizer(settings: c.TrainConfig, folder: pathlib.Path) -> c.TrainConfig:
+  replace, t = dataclasses.replace, settings.tokenizer
+  if not _is_there(t.vae):
+    vae = vae_config(t)
+    fields = {"vae": dataclasses.asdict(vae)}
+    make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))
+    t = replace(t, vae=_write(folder / "vae", "vae", fields, make))
+  losses, adversarial = settings.losses, settings.adversarial
+  if losses.perceptual_weights and not _is_there(losses.perceptual_weights):
+    losses = replace(losses, perceptual_weights=_write(folder / "lpips", "lpips", {}, LPIPS))
+  if adversarial.discriminator == "dino" and not _is_there(adversarial.dino_weights):
+    adversarial = replace(adversarial, dino_weights=_write(folder / "dino", "dino", {}, DINO))
+  (folder / "images").mkdir()
+  Image.new("RGB", (8, 8)).save(folder / "images" / "0.png")
+  spec = f"folder:{folder / 'images'}"
+  data = replace(settings.data, train=spec, eval=spec)
+  steps = settings.steps or settings.epochs * (_IMAGES // settings.data.batch_size or 1)
+  return replace(
+    settings, tokenizer=t, data=data, losses=losses, adversarial=adversarial, steps=steps
+  )
+
+
+def _for_generator(
+  settings: c.MaskGITTrainConfig, folder: pathlib.Path, tokenizer: c.TrainConfig | None
+) -> c.MaskGITTrainConfig:
+  where, data = settings.data.tokenizer, settings.data
+  if not _is_there(where):
+    if tokenizer is None:
+      raise UserError(
+        f"config.data.tokenizer={where} is not there; name the config that it is trained with: "
+        "--tokenizer-config=configs/mar.py"
+      )
+    t = tokenizer.tokenizer
+    made = TokenizerConfig(vae_config(t), t.quantizer, t.lora, t.image_size)
+    make = lambda: Tokenizer(made, rngs=nnx.Rngs(0))
+    where = _write(folder / "tokenizer", "tokenizer", dataclasses.asdict(made), make)
+  fields, path = weights.read_config(where, "tokenizer"), pathlib.Path(data.train).expanduser()
+  if (path / tokens.MANIFEST).is_file():
+    names = tokens.read_manifest(path)["class_names"]
+  else:
+    names = [str(i) for i in range(settings.model.num_classes or _CLASSES)]
+  _write_tokens(folder / "tokens", fields, names)
+  where_tokens = str(folder / "tokens")
+  data = dataclasses.replace(data, tokenizer=where, train=where_tokens, eval=where_tokens)
+  return dataclasses.replace(settings, data=data)
+
+
+def _write_tokens(path: pathlib.Path, fields: Mapping, class_names: list[str]) -> None:
+  """Tokens of one image, of the tokenizer with these fields."""
+  q = fields["quantizer"]
+  shard = {"file": "tokens-00000-of-00001.array_record", "images": 1}
+  manifest = {
+    "format": tokens.FORMAT,
+    "complete": True,
+    "tokenizer": fields["fingerprint"],
+    "patch_sizes": q["patch_sizes"],
+    "codebook_size": q["codebook_size"],
+    "class_names": class_names,
+    "shards": [shard],
+  }
+  ids = np.zeros((1, sum(p * p for p in q["patch_sizes"])), tokens.id_type(q["codebook_size"]))
+  path.mkdir()
+  records.write(path / shard["file"], [tokens.pack(ids, np.zeros(1, np.int32))])
+  (path / tokens.MANIFEST).write_text(json.dumps(manifest))

@@ -1,0 +1,85 @@
+"""Programs from shapes alone are those of a run that reads its weights and data."""
+
+import jax
+import pytest
+
+from coda_jax import cli, sharding
+from coda_jax.errors import UserError
+from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.vae import FLUX_VAE, MAR_VAE
+from coda_jax.planning import inputs, programs
+from coda_jax.training import registry
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  runs.make_inputs(folder)
+  return folder
+
+
+def test_an_update_is_the_trainers(folder):
+  settings = runs.config(folder, mesh__fsdp=2, data__accumulation=2, ema__start_epoch=0)
+  devices = jax.devices()[:4]
+  trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh, devices))
+  batches = trainer.batches(0)
+  with jax.set_mesh(trainer.mesh):
+    state, batch = trainer.initial_state(), next(batches)
+    theirs = trainer._step.lower(state, trainer._frozen, trainer._key, batch).as_text()
+  batches.close()
+  program = programs.make("update", settings, devices)
+  assert program.lower().as_text() == theirs
+  assert program.images == 8 and program.steps == 6
+  leaves = jax.tree.leaves(program.args)
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+  groups = jax.tree.leaves(program.groups)
+  assert len(groups) == len(leaves) - 1  # all but the key
+
+
+@pytest.mark.parametrize("what", ["eval", "encode"])
+def test_programs_of_a_tokenizer(folder, what):
+  program = programs.make(what, runs.config(folder), jax.devices()[:2])
+  assert program.images == 8 and "func.func public @main" in program.lower().as_text()
+
+
+@pytest.fixture(scope="module")
+def generator():
+  spec = "configs/maskgit.py:demo"
+  words = ["--config.model.depth=2", "--config.model.width=16"]
+  return registry.resolve(cli.load_config(spec, words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return registry.resolve(cli.load_config("configs/demo.py:thumbnails"))
+
+
+@pytest.mark.parametrize("what", ["update", "eval", "sample"])
+def test_programs_of_a_generator(generator, tokenizer, what):
+  program = programs.make(what, generator, jax.devices()[:4], tokenizer)
+  out = jax.eval_shape(program.function, *program.args)
+  if what == "sample":
+    assert out.shape == (8, 32, 32, 3)
+  program.lower()
+
+
+def test_what_is_not_there_and_not_known(folder, generator):
+  settings = runs.config(folder, tokenizer__vae="nowhere", tokenizer__image_size=48)
+  with pytest.raises(UserError, match="vae=nowhere is not there.*MAR's, FLUX's, the demo's"):
+    programs.make("update", settings, jax.devices()[:2])
+  with pytest.raises(UserError, match="--tokenizer-config=configs/mar.py"):
+    programs.make("update", generator, jax.devices()[:2])
+
+
+def test_a_batch_that_the_mesh_does_not_divide(folder):
+  with pytest.raises(UserError, match="a micro-batch is 8 images"):
+    programs.make("update", runs.config(folder), jax.devices()[:3])
+
+
+def test_vaes_by_the_latents_that_a_quantizer_takes(folder):
+  for name, vae in (("mar", MAR_VAE), ("flux", FLUX_VAE), ("demo", inputs.DEMO_VAE)):
+    settings = registry.resolve(cli.load_config(f"configs/{name}.py"))
+    assert inputs.vae_config(settings.tokenizer) == vae
+  there = runs.config(folder, tokenizer__quantizer=QuantizerConfig(4, (1,)))
+  assert inputs.vae_config(there.tokenizer) == runs.VAE
