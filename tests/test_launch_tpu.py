@@ -78,6 +78,8 @@ class Cloud:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
+      # A shell that was started in the background ignores Ctrl-C, and bash then cannot trap it.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def __call__(self, *argv, code=0, **env):
