@@ -6,6 +6,7 @@ Whatever is not accepted ends with code 1 or 2 and one line, and nothing is writ
 import functools
 import importlib
 import itertools
+import logging
 import shutil
 import sys
 
@@ -86,6 +87,7 @@ def failure(run, parser, argv, capsys, **options):
 def here(folder, monkeypatch):
   monkeypatch.chdir(folder)
   monkeypatch.setattr(cli, "quiet", lambda: None)  # it would silence the tests after this one
+  monkeypatch.setattr(logging.getLogger("coda_jax"), "handlers", [])  # of tests that called it
   monkeypatch.setattr(generate, "load_generator", functools.cache(generate.load_generator))
   monkeypatch.setattr(weights, "load_tokenizer", functools.cache(weights.load_tokenizer))
   monkeypatch.setattr(weights, "find_lpips", lambda path: (path and weights.load_lpips(path), ""))
