@@ -171,19 +171,26 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Holds a folder for this process alone while the block runs.
+def locked(folder: pathlib.Path, option: str = "the folder") -> Iterator[None]:
+  """Makes a folder and holds it for this process alone while the block runs.
 
   The lock is the operating system's (`flock`), on the file `LOCK`: it ends with its process,
   however that ends, and network file systems pass it on to other machines.
 
+  Args:
+    option: what named the folder, for the message.
+
   Raises:
-    UserError: another process holds the folder; the message says which, on which machine.
-    OSError: the folder cannot be written.
+    UserError: the folder cannot be written, or another process holds it; the message says which,
+      on which machine.
   """
   file = folder / LOCK
   while True:
-    handle = file.open("a+")
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      handle = file.open("a+")
+    except OSError as e:
+      raise UserError(f"{option}={folder} cannot be written: {e.strerror}") from e
     try:
       if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,14 +6,12 @@ and those that are there are kept, unless an image that could not be read now ca
 
 import argparse
 import concurrent.futures
-import contextlib
 import json
 import logging
 import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import arrays, cli, outputs, weights
@@ -97,17 +95,12 @@ def run(args: argparse.Namespace) -> None:
     "order": _ORDER,
     "shards": [{"file": f"tokens-{i:05}-of-{shards:05}.array_record"} for i in range(shards)],
   }
-  with contextlib.ExitStack() as stack:
-    try:
-      args.output.mkdir(parents=True, exist_ok=True)
-      names = {p.name for p in args.output.iterdir()} - {outputs.LOCK}
-      if names and tokens.MANIFEST not in names:
-        raise UserError(
-          f"{args.output} is not empty and holds no tokens; empty it or take a new --output"
-        )
-      stack.enter_context(outputs.locked(args.output))
-    except OSError as e:
-      raise UserError(f"--output={args.output} cannot be written: {e.strerror}") from e
+  names = {p.name for p in args.output.iterdir()} if args.output.is_dir() else set()
+  if names - {outputs.LOCK} and tokens.MANIFEST not in names:
+    raise UserError(
+      f"{args.output} is not empty and holds no tokens; empty it or take a new --output"
+    )
+  with outputs.locked(args.output, "--output"):
     _write(args, source, manifest)
 
 
@@ -229,9 +222,7 @@ def _encoder(path: pathlib.Path, codebook_size: int) -> Callable[[np.ndarray], n
   """Images uint8 [B, H, W, 3] to ids [B, N], on all devices if they divide B."""
 
   def ids(tokenizer, images):
-    latents = tokenizer.latents(pipeline.normalize(images))
-    levels = [level.reshape(len(images), -1) for level in tokenizer.quantizer.encode(latents)]
-    return jnp.concatenate(levels, 1), jnp.isfinite(latents).all()
+    return tokenizer.encode_flat(pipeline.normalize(images))
 
   encode = arrays.jit_module(ids)(weights.load_tokenizer(path))
   mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))

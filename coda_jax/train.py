@@ -10,13 +10,11 @@ import argparse
 import contextlib
 import logging
 import os
-import pathlib
 import re
 
 import jax
 
 from coda_jax import cli, config, outputs, sharding
-from coda_jax.errors import UserError
 from coda_jax.training import loop, registry
 from coda_jax.training import workdir as workdirs
 
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
     if first:
-      _hold(workdir, stack)
+      stack.enter_context(outputs.locked(workdir, "--workdir"))
       workdirs.check(workdir, settings, registry.product(settings))
     log.info("workdir: %s", workdir)
     trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
@@ -63,15 +61,6 @@ def run(args: argparse.Namespace) -> int:
       return cli.RUN_AGAIN
   log.info("done: %s", workdir / trainer.product)
   return 0
-
-
-def _hold(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
-  """Makes the folder and holds it for this run alone, until `stack` ends."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(outputs.locked(workdir))
-  except OSError as e:
-    raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
 
 def add_distributed_flags(parser: argparse.ArgumentParser) -> None:

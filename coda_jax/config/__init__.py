@@ -7,7 +7,7 @@ def get_config(arg: str = "full"):
   return c.config_dict(c.variant(config, arg))
 """
 
-from coda_jax.config.engine import config_dict, freeze, to_json
+from coda_jax.config.engine import changed, config_dict, freeze, to_json
 from coda_jax.config.maskgit import (
   MaskGITSettings,
   MaskGITTrainConfig,
@@ -54,6 +54,7 @@ __all__ = [
   "TokenDataSettings",
   "TokenizerSettings",
   "TrainConfig",
+  "changed",
   "check_resumable",
   "config_dict",
   "differences",

@@ -120,6 +120,15 @@ def config_dict(settings) -> ml_collections.ConfigDict:
   return out
 
 
+def changed(settings, **changes):
+  """A settings dataclass with other values, by dotted key with `__` for dots."""
+  for key, value in changes.items():
+    name, _, rest = key.partition("__")
+    value = changed(getattr(settings, name), **{rest: value}) if rest else value
+    settings = dataclasses.replace(settings, **{name: value})
+  return settings
+
+
 def to_json(settings):
   """A settings dataclass, or one value of it, as `config.json` of a workdir keeps it."""
   return json.loads(json.dumps(settings, default=dataclasses.asdict))

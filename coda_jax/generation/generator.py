@@ -38,7 +38,7 @@ def decode(tokenizer: Tokenizer, ids):
 
 
 def _encode(tokenizer: Tokenizer, images):
-  return jnp.concatenate([i.reshape(len(images), -1) for i in tokenizer.encode(images)], 1)
+  return tokenizer.encode_flat(images)[0]
 
 
 _decode_ids, _encode_images = arrays.jit_module(decode), arrays.jit_module(_encode)

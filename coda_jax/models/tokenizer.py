@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig, add_lora
@@ -80,6 +80,14 @@ class Tokenizer(nnx.Module):
     """
     return self.quantizer.encode(self.latents(images, key))
 
+  def encode_flat(
+    self, images: Float[Array, "b h w 3"]
+  ) -> tuple[Int[Array, "b n"], Bool[Array, ""]]:
+    """(ids of all levels in one row an image, whether the latents are finite), by the mean."""
+    latents = self.latents(images)
+    levels = [ids.reshape(len(images), -1) for ids in self.quantizer.encode(latents)]
+    return jnp.concatenate(levels, 1), jnp.isfinite(latents).all()
+
   def decode(
     self, ids: list[Int[Array, "b _ _"]], size: int | tuple[int, int] | None = None
   ) -> Float[Array, "b h w 3"]:
@@ -101,8 +109,8 @@ class Tokenizer(nnx.Module):
     key: jax.Array | None = None,
   ) -> Float[Array, "b h w 3"]:
     """Images through all levels of tokens, or the first `levels`, and back."""
-    ids, known = self.encode(images, key), len(self.config.quantizer.patch_sizes)
+    known = len(self.config.quantizer.patch_sizes)
     if levels is not None and not 1 <= levels <= known:
       raise UserError(f"levels is {levels}; the tokenizer has levels 1 to {known}")
     _, height, width, _ = images.shape
-    return self.decode(ids[:levels], (height, width))
+    return self.decode(self.encode(images, key)[:levels], (height, width))

@@ -154,9 +154,7 @@ def _encode(trainer: TokenizerTrainer) -> Program:
 
   def encode(ema, frozen, images):
     tokenizer = arrays.merge(graphdef, frozen, ema)
-    latents = tokenizer.latents(pipeline.normalize(images))
-    levels = [level.reshape(len(images), -1) for level in tokenizer.quantizer.encode(latents)]
-    return jnp.concatenate(levels, 1), jnp.isfinite(latents).all()
+    return tokenizer.encode_flat(pipeline.normalize(images))
 
   groups = {"frozen": frozen, "trained": ema, "batch": batch}
   return Program(jax.jit(encode), (ema, frozen, batch), groups, size, trainer.mesh)

@@ -1,11 +1,11 @@
 """Does a program fit, what makes it fit, and how large its batch may be: all of it tried."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from coda_jax import sharding
+from coda_jax.config import changed
 
 MOST = 4096  # images a chip at which a search ends
 Measure = Callable[[Any], dict]  # of settings; see `compiling.measure`
@@ -17,15 +17,6 @@ def shards(settings, devices: list) -> int:
   """Parts that a batch is split into. Raises UserError if the mesh does not fit the devices."""
   mesh = sharding.make_mesh(settings.mesh, devices)
   return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def changed(settings, **changes):
-  """`settings` with other values, by dotted key with `__` for dots."""
-  for key, value in changes.items():
-    name, _, rest = key.partition("__")
-    value = changed(getattr(settings, name), **{rest: value}) if rest else value
-    settings = dataclasses.replace(settings, **{name: value})
-  return settings
 
 
 def flag(changes: dict) -> str:

@@ -95,17 +95,16 @@ class Checkpoints:
     """
     damaged, error = [], None
     for step in reversed(self.steps):
-      state, reason = None, ""
+      state, good = None, True
       try:
         state = self._checkpointer.load(step, abstract_state)
         metadata = self._checkpointer.metadata(step).custom_metadata or {}
         kept = metadata.get("checksums")  # older versions kept none
-        if kept is not None and kept != _checksums(state):
-          reason = "its arrays are not those that were saved"
+        good = kept is None or kept == _checksums(state)
       except Exception as e:
-        reason, error = _first_line(e), e
+        good, error = False, e
       # One process that cannot read it is enough.
-      if all(np.ravel(multihost_utils.process_allgather(np.array(not reason)))):
+      if all(np.ravel(multihost_utils.process_allgather(np.array(good)))):
         self._set_aside(damaged)
         return step, state
       damaged.append(step)

@@ -20,9 +20,9 @@ from coda_jax.outputs import write_text
 from coda_jax.training.checkpoints import Checkpoints
 from coda_jax.training.logging import Metrics, Progress
 from coda_jax.training.trainer import Trainer
+from coda_jax.training.workdir import CHECKPOINTS, PARAMETERS
 
 log = logging.getLogger("coda_jax")
-PARAMETERS_FILE = "parameters.txt"
 _IN_FLIGHT = 2  # updates started ahead of the one that must have finished
 
 
@@ -53,7 +53,7 @@ def run(
     stack.enter_context(jax.set_mesh(trainer.mesh))
     enter = lambda closable: stack.enter_context(contextlib.closing(closable))
     _check_best_metric(trainer, checkpoint)
-    checkpoints = enter(Checkpoints(workdir / "checkpoints", checkpoint))
+    checkpoints = enter(Checkpoints(workdir / CHECKPOINTS, checkpoint))
     step = checkpoints.latest or 0
     if step > trainer.steps:
       raise UserError(f"{workdir} is at step {step}, past the {trainer.steps} steps of the config")
@@ -65,7 +65,7 @@ def run(
     summary, table = trainer.overview(state)
     log.info("%s", summary)
     if jax.process_index() == 0:
-      write_text(workdir / PARAMETERS_FILE, table)
+      write_text(workdir / PARAMETERS, table)
     metrics = enter(Metrics(workdir, logging_settings, step, config))
     progress = enter(Progress(step, trainer.steps, trainer.images_per_step))
     for record in metrics.records("eval"):

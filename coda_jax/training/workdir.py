@@ -16,11 +16,13 @@ from coda_jax import config, outputs
 from coda_jax.data import inventory
 from coda_jax.data.inventory import Inventory
 from coda_jax.errors import UserError
+from coda_jax.training.logging import METRICS_FILE
 
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
-_RECORDS = ("metrics.jsonl", "parameters.txt", DATA)
+PARAMETERS = "parameters.txt"
+_RECORDS = (METRICS_FILE, PARAMETERS, DATA)
 
 
 def check(workdir: pathlib.Path, settings: Any, product: str) -> None:

@@ -1,7 +1,5 @@
 """A tiny run: a VAE of stride 1, 16-pixel images, 64 codes. Its update compiles in seconds."""
 
-import dataclasses
-
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -50,13 +48,4 @@ def config(folder, **changes) -> c.TrainConfig:
     checkpoint=c.CheckpointSettings(every=2),
     logging=c.LoggingSettings(every=1, tensorboard=False),
   )
-  return change(settings, **changes)
-
-
-def change(settings, **changes):
-  """`settings` with other values, by dotted key with `__` for dots."""
-  for key, value in changes.items():
-    name, _, rest = key.partition("__")
-    value = change(getattr(settings, name), **{rest: value}) if rest else value
-    settings = dataclasses.replace(settings, **{name: value})
-  return settings
+  return c.changed(settings, **changes)

@@ -45,7 +45,7 @@ def config(folder, **changes) -> c.MaskGITTrainConfig:
     checkpoint=c.CheckpointSettings(every=2, best_metric="-loss"),
     logging=c.LoggingSettings(every=1, tensorboard=False),
   )
-  return runs.change(settings, **changes)
+  return c.changed(settings, **changes)
 
 
 def make_trainer(config, devices=1):

@@ -49,7 +49,7 @@ def maskgit_config(folder, embedding="codes", **changes):
     dtype="float32",
     optimizer=dataclasses.replace(c.MaskGITTrainConfig.optimizer, warmup_steps=0, clip=1e6),
   )
-  return runs.change(settings, **changes)
+  return c.changed(settings, **changes)
 
 
 TRAINERS = {
