@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 
 from coda_jax.errors import UserError
@@ -171,26 +172,23 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, option: str = "the folder") -> Iterator[None]:
-  """Makes a folder and holds it for this process alone while the block runs.
+def held(file: pathlib.Path) -> Iterator[str | None]:
+  """Holds a lock file while the block runs, unless another process holds it.
 
-  The lock is the operating system's (`flock`), on the file `LOCK`: it ends with its process,
-  however that ends, and network file systems pass it on to other machines.
+  The lock is the operating system's (`flock`): it ends with its process, however that ends, and
+  network file systems pass it on to other machines.
 
   Args:
-    option: what named the folder, for the message.
+    file: in a folder that exists; it is there as long as somebody holds it.
+
+  Yields:
+    None, or which process of which machine holds the file, if that is another one.
 
   Raises:
-    UserError: the folder cannot be written, or another process holds it; the message says which,
-      on which machine.
+    OSError: the file cannot be written.
   """
-  file = folder / LOCK
   while True:
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      handle = file.open("a+")
-    except OSError as e:
-      raise UserError(f"{option}={folder} cannot be written: {e.strerror}") from e
+    handle = file.open("a+")
     try:
       if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,9 +196,10 @@ def locked(folder: pathlib.Path, option: str = "the folder") -> Iterator[None]:
       handle.seek(0)
       holder = handle.read().strip() or "another process"
       handle.close()
-      raise UserError(f"{folder} is in use by {holder}; wait until it ends, or stop it") from None
+      yield holder
+      return
     except OSError as e:
-      log.warning("%s: no lock (%s); see to it that no second process uses it", folder, e.strerror)
+      log.warning("%s: no lock (%s); see to it that no second process uses it", file, e.strerror)
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
         break
@@ -210,7 +209,34 @@ def locked(folder: pathlib.Path, option: str = "the folder") -> Iterator[None]:
     started = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
     handle.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
     handle.flush()
-    yield
+    yield None
   finally:
     file.unlink(missing_ok=True)  # before the lock ends, so that nobody else's is removed
     handle.close()
+
+
+@contextlib.contextmanager
+def locked(
+  folder: pathlib.Path, option: str = "the folder", *, wait: float = 0.0
+) -> Iterator[None]:
+  """Makes a folder and holds it, by its file `LOCK`, for this process alone while the block runs.
+
+  Args:
+    option: what named the folder, for the message.
+    wait: seconds to wait for another process that holds it.
+
+  Raises:
+    UserError: the folder cannot be written, or another process holds it; the message says which,
+      on which machine.
+  """
+  end = time.monotonic() + wait
+  with contextlib.ExitStack() as stack:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      while holder := stack.enter_context(held(folder / LOCK)):
+        if time.monotonic() >= end:
+          raise UserError(f"{folder} is in use by {holder}; wait until it ends, or stop it")
+        time.sleep(0.1)
+    except OSError as e:
+      raise UserError(f"{option}={folder} cannot be written: {e.strerror}") from e
+    yield

@@ -1,14 +1,20 @@
 """`python -m coda_jax.tokenize_dataset`: the tokens of an image set, to train a generator on.
 
 The same command continues a run that was stopped or killed: shards are written aside and renamed,
-and those that are there are kept, unless an image that could not be read now can be.
+and those that are there are kept, unless an image that could not be read now can be. Any number of
+processes, on one machine or on many that share the folder, may run the command at once: each takes
+shards that no other one holds, and those of a process that was killed.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import logging
+import os
 import pathlib
+import socket
+import time
 from collections.abc import Callable
 
 import jax
@@ -22,6 +28,8 @@ log = logging.getLogger("coda_jax")
 
 _SOURCE = "source_fingerprint"  # of the images; older manifests have none
 _LEFT_OUT = "unreadable image %s (%s): left out"
+_HELD = f"{outputs.LOCK}-"  # and a shard's number, or a process
+_WAIT = 60.0  # seconds for another process to write a manifest
 _ORDER = 2  # the version of which images a shard holds; manifests without it are of version 1
 
 
@@ -95,35 +103,46 @@ def run(args: argparse.Namespace) -> None:
     "order": _ORDER,
     "shards": [{"file": f"tokens-{i:05}-of-{shards:05}.array_record"} for i in range(shards)],
   }
-  names = {p.name for p in args.output.iterdir()} if args.output.is_dir() else set()
-  if names - {outputs.LOCK} and tokens.MANIFEST not in names:
-    raise UserError(
-      f"{args.output} is not empty and holds no tokens; empty it or take a new --output"
-    )
-  with outputs.locked(args.output, "--output"):
+  with contextlib.ExitStack() as stack:
+    with outputs.locked(args.output, "--output", wait=_WAIT):
+      if _claim(args.output, manifest):
+        log.info("%s is complete", args.output)
+        return
+      mine = f"{_HELD}{socket.gethostname()}-{os.getpid()}"
+      stack.enter_context(outputs.held(args.output / mine))
     _write(args, source, manifest)
 
 
 def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict) -> None:
   """Writes the shards that are not there, and the complete manifest."""
-  shards = len(manifest["shards"])
-  if _claim(args.output, manifest):
-    log.info("%s is complete", args.output)
-    return
+  size, shards = manifest["image_size"], manifest["shards"]
   encode = _encoder(args.tokenizer, manifest["codebook_size"])
   order = rng.generator(args.seed, rng.Stream.TOKEN_ORDER).permutation(len(source))
+  first = jax.process_index() * len(shards) // jax.process_count()
+  left, told = [*range(first, len(shards)), *range(first)], False
   bad = []
-  for i, shard in enumerate(manifest["shards"]):
-    file = args.output / shard["file"]
-    counts = _kept(args, source, manifest["image_size"], file)
-    if counts is None:
-      rows = order[i * len(source) // shards : (i + 1) * len(source) // shards]
-      counts = _write_shard(args, source, rows, encode, manifest["image_size"], file)
-      log.info("%s: shard %d of %d", args.output, i + 1, shards)
-    bad += counts.get("unreadable_rows", [])
-    shard |= {key: counts[key] for key in ("images", "unreadable")}
-  manifest["images"] = sum(s["images"] for s in manifest["shards"])
-  manifest["unreadable"] = len(bad)
+  while left:
+    others = []
+    for i in left:
+      file = args.output / shards[i]["file"]
+      with outputs.held(args.output / f"{_HELD}{i}") as holder:
+        if holder:
+          others.append(i)
+          continue
+        counts = _kept(args, source, size, file)
+        if counts is None:
+          rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
+          counts = _write_shard(args, source, rows, encode, size, file)
+          log.info("%s: shard %d of %d", args.output, i + 1, len(shards))
+      shards[i] |= {key: counts[key] for key in ("images", "unreadable")}
+      bad += counts.get("unreadable_rows", [])
+    if others and len(others) == len(left):
+      if not told:
+        log.info("%s: waiting for %d shards of other processes", args.output, len(others))
+      told = True
+      time.sleep(0.2)
+    left = others
+  manifest |= {"images": sum(s["images"] for s in shards), "unreadable": len(bad)}
   if pipeline.too_many_unreadable(len(bad), len(source), args.max_unreadable):
     names = ", ".join(source.name(row) for row in sorted(bad)[:3])
     raise UserError(
@@ -131,7 +150,9 @@ def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict
       f" {100 * args.max_unreadable:g}%: {names}{', ...' if len(bad) > 3 else ''}; restore them and"
       f" run the same command again, remove them and {args.output}, or raise --max-unreadable"
     )
-  _write_json(args.output / tokens.MANIFEST, manifest | {"complete": True})
+  with outputs.locked(args.output, "--output", wait=_WAIT):
+    _write_json(args.output / tokens.MANIFEST, manifest | {"complete": True})
+    _writers(args.output)
   log.info("%s: tokens of %d images", args.output, manifest["images"])
 
 
@@ -156,10 +177,13 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
   """
   file = output / tokens.MANIFEST
   if not file.exists():
+    if any(not p.name.startswith(outputs.LOCK) for p in output.iterdir()):
+      raise UserError(f"{output} is not empty and holds no tokens; empty it or take a new --output")
     _write_json(file, manifest)
     return False
   there = tokens.read_manifest(output)
-  if not any((output / shard["file"]).is_file() for shard in there["shards"]):
+  started = any((output / shard["file"]).is_file() for shard in there["shards"])
+  if not started and not _writers(output):
     _write_json(file, manifest)  # a first try that made nothing protects nothing
     return False
   for key, ours in manifest.items():
@@ -185,6 +209,15 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
       "remove it or take a new --output"
     )
   return complete
+
+
+def _writers(output: pathlib.Path) -> list[str]:
+  """The processes that write shards there now. Removes the lock files of those that were killed."""
+  writers = []
+  for file in output.glob(f"{_HELD}*"):
+    with outputs.held(file) as holder:
+      writers += [holder] if holder else []
+  return writers
 
 
 def _write_json(file: pathlib.Path, value: dict) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -215,7 +217,54 @@ def test_a_first_try_that_made_nothing_protects_nothing(folder, tmp_path, monkey
     tokenize(folder, tmp_path / "out", "--seed", 5)
 
 
-def test_one_process_writes(folder, tmp_path):
+def test_other_settings_are_refused_while_a_process_writes_its_first_shard(folder, tmp_path):
+  def other(settings):
+    with pytest.raises(UserError, match="seed 0, not 5"):
+      tokenize(folder, tmp_path / "out", "--seed", 5)
+    return encoder(settings, 16)
+
+  encoder = tokenize_dataset._encoder
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tokenize_dataset, "_encoder", lambda path, _: other(path))
+    tokenize(folder, tmp_path / "out")
+
+
+def test_a_folder_that_another_process_holds_is_waited_for(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenize_dataset, "_WAIT", 0.3)
   with outputs.locked(tmp_path), pytest.raises(UserError, match="in use by process"):
     tokenize(folder, tmp_path)
   tokenize(folder, tmp_path)
+
+
+def test_processes_share_the_shards_and_take_those_of_a_killed_one(folder, flipped, tmp_path):
+  """Three processes on 12 shards; one stops for good in a shard, and is killed."""
+  code = (
+    "import sys, time; from coda_jax import tokenize_dataset as t; write = t._write_shard\n"
+    "def slow(*args):\n"
+    "  print(args[-1].name, flush=True); time.sleep(float(sys.argv.pop(1)) if stuck else 0.1)\n"
+    "  return write(*args)\n"
+    "stuck = sys.argv[1] != '0'; t._write_shard = slow\n"
+    "t.main(sys.argv[2:])"
+  )
+  words = [f"--tokenizer={folder}/tokenizer", f"--data=folder:{folder}/images@train", "--flip"]
+  words += [f"--output={tmp_path}/out", "--batch-size=16", "--shards=12"]
+
+  def start(seconds):
+    command = [sys.executable, "-c", code, str(seconds), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+  def shard(process):
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+  stuck = start(1000)
+  first = shard(stuck)
+  with stuck, start(0) as one, start(0) as two:
+    taken = [shard(one), shard(two)]
+    stuck.kill()
+    taken += one.communicate()[0].split() + two.communicate()[0].split()
+  assert (one.returncode, two.returncode) == (0, 0)
+  assert len(taken) == len(set(taken)) == 12 and first in taken
+  assert not list(tmp_path.glob("out/.lock*"))
+  found = everything(tokens.TokenSource(tmp_path / "out"))
+  assert sorted(map(tuple, found[0])) == sorted(map(tuple, everything(flipped)[0]))
