@@ -36,6 +36,8 @@ from coda_jax.models.vgg import STAGES
 FORMAT_VERSION = 1
 Path = str | os.PathLike
 Arrays = Mapping[str, np.ndarray | jax.Array]
+VAE = typing.TypeVar("VAE", bound=AutoencoderKL)
+Tok = typing.TypeVar("Tok", bound=Tokenizer)
 
 # Settings of training or of speed: they decide neither ids nor pixels.
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
@@ -234,17 +236,19 @@ def save_vae(vae: AutoencoderKL, path: Path) -> None:
   write_directory(path, "vae", {"vae": dataclasses.asdict(vae.config)}, _numpy(vae))
 
 
-def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
+def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[VAE] = AutoencoderKL) -> VAE:
   """The VAE that `python -m convert mar-vae` or `flux-vae` wrote to `path`.
+
+  Args:
+    dtype: of the computation.
+    cls: what it becomes.
 
   Raises:
     UserError: missing, damaged or foreign files.
   """
   fields = read_config(path, "vae")
   config = config_from_fields(VAEConfig, fields["vae"], f"{path}/config.json: vae")
-  return build(
-    lambda: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path)
-  )
+  return build(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path))
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -252,8 +256,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
   write_directory(path, "tokenizer", dataclasses.asdict(tokenizer.config), _numpy(tokenizer))
 
 
-def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
+def load_tokenizer(
+  path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[Tok] = Tokenizer
+) -> Tok:
   """The tokenizer that training, `python -m convert coda-mar` or `coda-flux` wrote to `path`.
+
+  Args:
+    dtype: of the computation.
+    cls: what it becomes.
 
   Raises:
     UserError: missing, damaged or foreign files.
@@ -261,9 +271,7 @@ def load_tokenizer(path: Path, *, dtype: DTypeLike = jnp.float32) -> Tokenizer:
   fields = read_config(path, "tokenizer")
   del fields["fingerprint"]
   config = config_from_fields(TokenizerConfig, fields, f"{path}/config.json")
-  return build(
-    lambda: Tokenizer(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path)
-  )
+  return build(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path))
 
 
 def load_dino(path: Path, *, dtype: DTypeLike = jnp.float32) -> DINO:

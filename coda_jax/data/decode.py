@@ -36,7 +36,8 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+  """8-bit RGB of a loaded image; see `decode_image`."""
   if image.mode == "I" or image.mode.startswith("I;16"):
     # Pillow clips these at 255 or drops bits, depending on its version.
     grey = np.asarray(image).astype(np.int64)
@@ -76,7 +77,7 @@ def _decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     upright = _ORIENTATIONS.get(_orientation(image))
-    image = _to_rgb(image)
+    image = to_rgb(image)
   except UnreadableImage:
     raise
   except UnidentifiedImageError as e:

@@ -6,6 +6,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -273,12 +274,21 @@ def _key(key: PRNGKeyArray | None) -> PRNGKeyArray:
   return jax.random.key(0) if key is None else key
 
 
-def load_generator(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Generator:
+G = TypeVar("G", bound=Generator)
+
+
+def load_generator(
+  path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, cls: type[G] = Generator
+) -> G:
   """The generator that training wrote to `path`, with the tokenizer in it.
+
+  Args:
+    dtype: of the computation.
+    cls: what it becomes.
 
   Raises:
     UserError: missing, damaged or foreign files, or models that do not fit each other.
   """
   model, fields = weights.load_generator_weights(path, dtype=dtype)
   tokenizer = weights.load_tokenizer(pathlib.Path(path) / "tokenizer", dtype=dtype)
-  return Generator(model, tokenizer, fields["class_names"], fields.get("order", "uniform"))
+  return cls(model, tokenizer, fields["class_names"], fields.get("order", "uniform"))

@@ -48,6 +48,12 @@ def test_saved_and_loaded(tmp_path):
   classes = ["dog", 2]
   images = loaded.generate(classes, steps=4, key=jax.random.key(3))
   assert images.shape == (2, 16, 16, 3)
+  assert str(loaded) == ("Generator(3 classes, 16 x 16 images, 78 tokens of 64 codes, width 32)")
+  three = loaded.generate([*classes, None], steps=4, key=jax.random.key(3))
+  assert three.shape == (3, 16, 16, 3), "sampled as four"
+  np.testing.assert_allclose(three[:2], images, atol=1e-4)
+  bytes_ = np.asarray((np.asarray(images).clip(-1, 1) + 1) * 127.5, np.uint8)
+  np.testing.assert_array_equal(loaded.encode(bytes_), loaded.encode(coda_jax.as_images(bytes_)))
   ours = generator().generate([1, "7up"], steps=4, key=jax.random.key(3))
   np.testing.assert_array_equal(images, ours)
   again = generator().generate(["7up"], steps=4, key=jax.random.key(3), first=1)
