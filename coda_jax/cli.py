@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
@@ -33,6 +34,7 @@ _QUIET_ENVIRONMENT = {
   "TPU_MIN_LOG_LEVEL": "3",
 }
 _QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL")
+_NO_CACHE = "--no-compilation-cache"
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -59,7 +61,8 @@ def main(
 
   Args:
     run: the command; returns None or an exit code.
-    parser: its options; `--debug` is understood anywhere on the command line.
+    parser: its options; `--debug` and `--no-compilation-cache` are understood anywhere on the
+      command line.
     argv: arguments without the program's name; `sys.argv[1:]` by default.
     config: adds `--config=FILE.py[:ARG]` and the overrides `--config.key.subkey=value`;
       `args.config` is then the `ml_collections.ConfigDict` with the overrides applied, locked,
@@ -70,9 +73,14 @@ def main(
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   # By hand: argparse would take it only before or only after a subcommand.
-  debug = "--debug" in argv
-  argv = [a for a in argv if a != "--debug"]
+  debug, keep = "--debug" in argv, _NO_CACHE not in argv
+  argv = [a for a in argv if a not in ("--debug", _NO_CACHE)]
   parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+  parser.add_argument(
+    _NO_CACHE,
+    action="store_true",
+    help="do not keep compiled programs in ~/.cache/coda_jax for the next start",
+  )
   parser.allow_abbrev = False
   if config:
     parser.add_argument(
@@ -83,6 +91,8 @@ def main(
     )
   if not debug:
     quiet()
+  if keep:
+    keep_compiled()
   sys.exit(_exit_code(lambda: _run(run, parser, argv, config), debug))
 
 
@@ -242,6 +252,17 @@ def _check_key(word: str, config, fail: Callable[[str], NoReturn]) -> None:
     if part not in known:
       fail(f"{word}: no config key {part!r}; known here: {', '.join(known) or 'none'}")
     config = config[part]
+
+
+def keep_compiled() -> None:
+  """Keeps programs that take a second or more to compile on this disk, for the next process.
+
+  The folder is `coda_jax` in `$XDG_CACHE_HOME` or `~/.cache`; a set `JAX_COMPILATION_CACHE_DIR`
+  wins. It may be removed at any time.
+  """
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and os.path.isabs(cache):
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "coda_jax"))
 
 
 def quiet() -> None:

@@ -6,9 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import coda_jax
+import coda_jax.__main__ as commands
 from coda_jax import cli
 from coda_jax.errors import UserError
 
@@ -199,3 +201,45 @@ def test_quiet_leaves_our_own_log_alone():
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stderr == "1 image was replaced\n"
+
+
+def test_compiled_programs_are_kept_unless_told_otherwise(tmp_path, monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert call(lambda args: None, "--no-compilation-cache") == 0
+    assert jax.config.jax_compilation_cache_dir is None
+    assert call(lambda args: None) == 0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "coda_jax")
+    jax.config.update("jax_compilation_cache_dir", "mine")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    assert call(lambda args: None) == 0 and jax.config.jax_compilation_cache_dir == "mine"
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_every_command_under_one_name():
+  def run(*words):
+    command = [sys.executable, "-m", "coda_jax", *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+  listed = run().stdout
+  files = {p.stem for p in pathlib.Path(coda_jax.__file__).parent.glob("*.py")}
+  for name, text in commands.COMMANDS.items():
+    assert f"  {name} " in listed and text in listed
+    assert name == "convert" or name in files
+  with_main = {
+    f
+    for f in files
+    if "cli.main(" in (pathlib.Path(coda_jax.__file__).parent / f"{f}.py").read_text()
+  }
+  assert with_main == set(commands.COMMANDS) - {"convert"}, "a command is not listed"
+  assert run("--version").stdout.strip() == coda_jax.__version__
+  assert "LAYOUT" in run("convert", "--help").stdout
+  assert "--ten-crop" in run("tokenize-dataset", "--help").stdout
+  wrong = run("trian")
+  assert wrong.returncode == 2 and wrong.stderr == (
+    "coda-jax: error: no command 'trian'; coda-jax --help lists them\n"
+  )
