@@ -116,7 +116,7 @@ def _call(function: Callable, module: nnx.Module, *inputs, key=None, **options):
   first = jax.tree.leaves(inputs[0])
   batch, options = len(first[0]), tuple(sorted(options.items()))
   if key is None:
-    inputs = jax.tree.map(functools.partial(_padded, to=padded_size(batch)), inputs)
+    inputs = jax.tree.map(functools.partial(_padded, to=arrays.padded_size(batch)), inputs)
   else:
     inputs = *inputs, key
   graphdef, params = arrays.split(module)
@@ -124,14 +124,6 @@ def _call(function: Callable, module: nnx.Module, *inputs, key=None, **options):
   with _told(function.__name__, (function, graphdef, options, shapes)):
     out = _run(function, graphdef, options, params, inputs)
   return jax.tree.map(lambda x: x[:batch] if len(x) != batch else x, out)
-
-
-def padded_size(batch: int) -> int:
-  """The batch that is compiled for: a power of two up to 8, then a multiple of 8.
-
-  So a loop over a data set compiles twice at most, the second time for what is left at its end.
-  """
-  return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
 
 
 def _padded(x, to: int):
@@ -322,7 +314,7 @@ class Generator(generator.Generator):
   def generate(self, classes, steps: int = 8, key=None, *, first: int = 0, **settings) -> Array:
     """One image of each class, about [-1, 1]; the batch is padded to a size that compiles once."""
     count = len(self.class_ids(classes))
-    padded = [*classes, *[None] * (padded_size(count) - count)] if count else classes
+    padded = [*classes, *[None] * (arrays.padded_size(count) - count)] if count else classes
     return super().generate(padded, steps, key, first=first, **settings)[:count]
 
   def encode(self, images: Images) -> Array:

@@ -85,6 +85,14 @@ def jit_module(function: Callable) -> Callable[[nnx.Module], Callable]:
   return lambda module: functools.partial(compiled, *split(module))
 
 
+def padded_size(batch: int) -> int:
+  """The batch that is compiled for: a power of two up to 8, then a multiple of 8.
+
+  So a loop over a data set compiles twice at most, the second time for what is left at its end.
+  """
+  return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
+
+
 def not_finite(arrays: Mapping[str, Any]) -> list[str]:
   """Names of the arrays that hold NaN or infinity as float32; one is cast at a time."""
   with np.errstate(over="ignore", invalid="ignore"):

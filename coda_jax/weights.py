@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from coda_jax import arrays, outputs
 from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
+from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
@@ -282,6 +283,18 @@ def load_dino(path: Path, *, dtype: DTypeLike = jnp.float32) -> DINO:
   """
   read_config(path, "dino")
   return build(lambda: DINO(dtype=dtype), read_arrays(path), str(path))
+
+
+def load_clip_text(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIPText, dict]:
+  """The network that `python -m convert clip-text` wrote to `path`, and the directory's fields.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  fields = read_config(path, "clip-text")
+  config = config_from_fields(CLIPTextConfig, fields["clip_text"], f"{path}/config.json")
+  make = lambda: CLIPText(config, dtype=dtype, rngs=nnx.Rngs(0))
+  return build(make, read_arrays(path), str(path)), fields
 
 
 def load_lpips(path: Path, *, dtype: DTypeLike = jnp.float32) -> LPIPS:

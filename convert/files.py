@@ -225,3 +225,25 @@ def diffusers_options(file: pathlib.Path) -> dict[str, float]:
   except (ValueError, TypeError) as e:
     raise UserError(f"{path} is damaged: {e}") from e
   return {"shift": 0.0, **found} if "scale" in found else found
+
+
+def clip_text_options(file: pathlib.Path) -> dict[str, Any]:
+  """Heads and activation of the `config.json` beside a file of Hugging Face's CLIP.
+
+  Raises:
+    UserError: the file is no JSON, or a value has another type.
+  """
+  path = file.parent / "config.json"
+  if not path.is_file():
+    return {}
+  names = {"heads": ("num_attention_heads", int), "activation": ("hidden_act", str)}
+  try:
+    fields = json.loads(path.read_text())
+    fields = fields.get("text_config") or fields  # of both halves
+    found = {k: fields[n] for k, (n, _) in names.items() if fields.get(n) is not None}
+    for name, value in found.items():
+      if type(value) is not names[name][1]:
+        raise TypeError(f"{names[name][0]} is {value!r}")
+  except (ValueError, TypeError, AttributeError) as e:
+    raise UserError(f"{path} is damaged: {e}") from e
+  return found

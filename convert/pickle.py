@@ -66,6 +66,11 @@ def _load_zip(file: BinaryIO, data: memoryview) -> Any:
     if len(pickles) != 1:
       raise Damaged("the archive is not one of torch.save: it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in entries:
+      raise Refused(
+        "a TorchScript program (OpenAI publishes CLIP so): with torch installed,"
+        " torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW) writes its weights"
+      )
     order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
     if order != b"little":
       raise Refused(f"numbers in {order.decode()} byte order")

@@ -9,6 +9,7 @@ from flax import nnx
 
 from coda_jax import weights
 from coda_jax.errors import UserError
+from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.lpips import LPIPS
@@ -16,7 +17,7 @@ from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, Quantiz
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
 
-from . import coda, dino, flux_vae, lpips, mar_vae, relatives, rules, shapes, unwrapping
+from . import clip_text, coda, dino, flux_vae, lpips, mar_vae, relatives, rules, shapes, unwrapping
 from .rules import Entry, Layout
 
 State = Mapping[str, Any]
@@ -36,7 +37,7 @@ class Family:
 MAR = Family((mar_vae.LAYOUT,), MAR_VAE, MAR_PATCH_SIZES)
 FLUX = Family((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, FLUX_PATCH_SIZES)
 _FAMILIES = {"mar-vae": MAR, "flux-vae": FLUX, "coda-mar": MAR, "coda-flux": FLUX}
-LAYOUTS = (*_FAMILIES, "dino", "lpips")
+LAYOUTS = (*_FAMILIES, "dino", "lpips", "clip-text")
 _TINY, _HUGE = 1e-30, 1e30  # float32 holds what lies between, and its inverse
 
 
@@ -77,6 +78,8 @@ def read(layout: str, states: Sequence[tuple[str, State]], **options) -> tuple[A
     ((where, state),) = states
     if layout == "dino":
       config, entries = _read_frozen("dino", dino.LAYOUT, DINO, state, where, **options)
+    elif layout == "clip-text":
+      config, entries = _read_clip_text(state, where, **options)
     else:
       config, _, entries = read_vae(layout, state, where, lora=False, **options)
   return config, ours(entries)
@@ -184,6 +187,26 @@ def _read_lpips(states: Sequence[tuple[str, State]], ema: bool = True) -> tuple[
     merged |= part
   where = " and ".join(where for where, _ in states)
   return _read_frozen("lpips", lpips.LAYOUT, LPIPS, merged, where)
+
+
+def _read_clip_text(
+  state: State,
+  where: str,
+  *,
+  heads: int | None = None,
+  activation: str | None = None,
+  ema: bool = True,
+) -> tuple[CLIPTextConfig, Entries]:
+  """CLIP's text encoder. By default heads are of 64 numbers, as in all published ones."""
+
+  def describe(found):
+    config = shapes.clip_text_config(found, heads, activation)
+    make = lambda: CLIPText(config, rngs=nnx.Rngs(0))
+    return config, weights.expected_shapes(make)
+
+  layouts = clip_text.HUGGING_FACE, clip_text.OPENAI
+  state = clip_text.unfused(unwrapping.flatten(state))
+  return _fit("clip-text", layouts, state, where, describe, ema)
 
 
 def _read_frozen(

@@ -13,6 +13,7 @@ from flax import nnx
 
 from coda_jax import weights
 from coda_jax.errors import UserError
+from coda_jax.models.clip_text import CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig, add_lora
 from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
@@ -111,6 +112,27 @@ def quantizer_config(shapes: Shapes, patch_sizes: tuple[int, ...]) -> QuantizerC
     attn_dim=_vote(_last(shapes, r"to_[qk]\.\w+|norm_[qk]\.\w+"), "the queries' width"),
     norm=norm,
   )
+
+
+def clip_text_config(shapes: Shapes, heads: int | None, activation: str | None) -> CLIPTextConfig:
+  """The text encoder with arrays of these shapes; heads of 64 numbers unless given."""
+  vocabulary, width = _only(shapes, "token_embedding", 2)
+  return CLIPTextConfig(
+    vocabulary=vocabulary,
+    context=_only(shapes, "position_embedding", 2)[0],
+    width=width,
+    layers=1 + max(int(k.split(".")[1]) for k in _keys(shapes, r"layers\.\d+\..*")),
+    heads=heads or max(1, width // 64),
+    hidden=_vote(_last(shapes, r"layers\.\d+\.fc1\.\w+"), "the MLPs' width"),
+    activation=activation or "quick_gelu",
+  )
+
+
+def _only(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
+  shape = shapes.get(key)
+  if shape is None or len(shape) != dimensions:
+    raise UserError(f"{key} has shape {list(shape or ())}, not {dimensions} dimensions")
+  return shape
 
 
 @functools.cache

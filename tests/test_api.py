@@ -97,7 +97,16 @@ def test_calls_are_those_of_the_plain_module(tok, pixels, ids):
 
 
 def test_batches_are_padded_to_few_sizes(tok, pixels, ids):
-  assert [api.padded_size(b) for b in (1, 2, 3, 5, 8, 9, 16, 33)] == [1, 2, 4, 8, 8, 16, 16, 40]
+  assert [api.arrays.padded_size(b) for b in (1, 2, 3, 5, 8, 9, 16, 33)] == [
+    1,
+    2,
+    4,
+    8,
+    8,
+    16,
+    16,
+    40,
+  ]
   before = set(api._compiled)
   four = tok.encode(np.concatenate([pixels, pixels[:1]]))
   assert api._compiled == before, "three images were padded to four"

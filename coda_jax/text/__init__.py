@@ -1,0 +1,93 @@
+"""Text encoders: texts to one vector a token, for text-to-image models.
+
+`ENCODERS` names the class of every kind of directory that `python -m convert` writes for texts; an
+encoder more is a class more. See `TextEncoder` for what a class offers.
+"""
+
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from coda_jax import arrays, weights
+from coda_jax.errors import UserError
+from coda_jax.text import bpe
+
+log = logging.getLogger("coda_jax")
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+  """What a text encoder offers.
+
+  Attributes:
+    tokens, width: vectors of a text, and numbers of a vector.
+    fingerprint: of weights and settings; embeddings of another one are another language.
+  """
+
+  tokens: int
+  width: int
+  fingerprint: str
+
+  def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "b n c"]:
+    """Vectors of the texts, float32 [B, tokens, width]."""
+    ...
+
+
+class CLIPTextEncoder:
+  """CLIP's text encoder with its tokenizer: `last_hidden_state`, after the final norm.
+
+  Texts are padded with the end token, as Hugging Face's tokenizer does it.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32):
+    model, fields = weights.load_clip_text(path, dtype=dtype)
+    config = model.config
+    if config.vocabulary != bpe.END + 1:
+      raise UserError(f"{path} has {config.vocabulary} tokens; CLIP's tokenizer has {bpe.END + 1}")
+    self.tokens, self.width = config.context, config.width
+    self.fingerprint: str = fields["fingerprint"]
+    self._run = _run(model)
+
+  def encode(self, texts: Sequence[str]) -> np.ndarray:
+    """Vectors float32 [B, tokens, width] of the texts; what is longer is cut, with one warning."""
+    ids, cut = bpe.encode(texts, context=self.tokens)
+    if cut:
+      log.warning(
+        "%d of %d texts are longer than %d tokens and are cut: %r",
+        *(len(cut), len(texts), self.tokens - 2, texts[cut[0]][:60]),
+      )
+    size = arrays.padded_size(len(ids))
+    padded = np.pad(ids, ((0, size - len(ids)), (0, 0)), constant_values=bpe.END)
+    return np.asarray(self._run(padded))[: len(ids)]
+
+
+_run = arrays.jit_module(lambda model, ids: model(ids))
+ENCODERS: dict[str, type[CLIPTextEncoder]] = {"clip-text": CLIPTextEncoder}
+
+
+def load_text_encoder(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> TextEncoder:
+  """The text encoder that `python -m convert clip-text` wrote to `path`.
+
+  Raises:
+    UserError: no such directory, or none of a text encoder.
+  """
+  try:
+    kind = json.loads((pathlib.Path(path) / "config.json").read_text())["kind"]
+  except (OSError, ValueError, KeyError, TypeError):
+    kind = None
+  if kind not in ENCODERS:
+    made = ", ".join(f"`python -m convert {name}`" for name in ENCODERS)
+    what = f"holds a {kind!r}" if kind else "has no readable config.json"
+    raise UserError(f"{path} {what}; give the directory of a text encoder, made by {made}")
+  return ENCODERS[kind](path, dtype=dtype)
