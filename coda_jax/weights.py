@@ -28,6 +28,7 @@ from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
+from coda_jax.models.inception import Inception
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -35,6 +36,7 @@ from coda_jax.models.vae import AutoencoderKL, VAEConfig
 from coda_jax.models.vgg import STAGES
 
 FORMAT_VERSION = 1
+INCEPTION = "checkpoints/inception"  # where commands look for FID's Inception
 Path = str | os.PathLike
 Arrays = Mapping[str, np.ndarray | jax.Array]
 VAE = typing.TypeVar("VAE", bound=AutoencoderKL)
@@ -305,6 +307,27 @@ def load_lpips(path: Path, *, dtype: DTypeLike = jnp.float32) -> LPIPS:
   """
   read_config(path, "lpips")
   return build(lambda: LPIPS(dtype=dtype), read_arrays(path), str(path))
+
+
+def load_inception(path: Path) -> Inception:
+  """The network that `python -m convert inception` wrote to the directory `path`.
+
+  Raises:
+    UserError: missing, damaged or foreign files.
+  """
+  read_config(path, "inception")
+  return build(Inception, read_arrays(path), str(path))
+
+
+def find_inception(path: Path | None) -> tuple[Inception | None, str]:
+  """FID's Inception from the directory `path`, by default `INCEPTION`; or None and why."""
+  if path or (pathlib.Path(INCEPTION) / "config.json").is_file():
+    return load_inception(path or INCEPTION), ""
+  return None, (
+    "FID is left out: it needs Inception's published weights; get "
+    "pt_inception-2015-12-05-6726825d.pth from github.com/mseitzer/pytorch-fid/releases and run "
+    f"`python -m convert inception FILE --output {INCEPTION}`"
+  )
 
 
 def has_lpips_package() -> bool:

@@ -44,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
   frozen = add(
     "dino", "FILE", "DINO ViT-S/16, for the discriminator (dino_deitsmall16_pretrain.pth)"
   )
-  for sub in (*vaes, *codas, frozen):
+  inception = add(
+    "inception",
+    "FILE",
+    "FID's Inception (pt_inception-2015-12-05-6726825d.pth or "
+    "weights-inception-2015-12-05-6726825d.pth)",
+  )
+  for sub in (*vaes, *codas, frozen, inception):
     sub.add_argument(
       "--no-ema", dest="ema", action="store_false", help="where both are, not the averaged weights"
     )

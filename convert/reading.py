@@ -1,6 +1,7 @@
 """From the entries of published files to our configs and arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,15 @@ from coda_jax import weights
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
+from coda_jax.models.inception import Inception
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, QuantizerConfig
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
 
-from . import clip_text, coda, dino, flux_vae, lpips, mar_vae, relatives, rules, shapes, unwrapping
+from . import clip_text, coda, dino, flux_vae, inception, lpips, mar_vae, relatives, rules
+from . import shapes, unwrapping
 from .rules import Entry, Layout
 
 State = Mapping[str, Any]
@@ -37,7 +40,11 @@ class Family:
 MAR = Family((mar_vae.LAYOUT,), MAR_VAE, MAR_PATCH_SIZES)
 FLUX = Family((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, FLUX_PATCH_SIZES)
 _FAMILIES = {"mar-vae": MAR, "flux-vae": FLUX, "coda-mar": MAR, "coda-flux": FLUX}
-LAYOUTS = (*_FAMILIES, "dino", "lpips", "clip-text")
+_FROZEN: dict[str, tuple[Layout, Callable[[], nnx.Module]]] = {
+  "dino": (dino.LAYOUT, DINO),
+  "inception": (inception.LAYOUT, Inception),
+}
+LAYOUTS = (*_FAMILIES, *_FROZEN, "lpips", "clip-text")
 _TINY, _HUGE = 1e-30, 1e30  # float32 holds what lies between, and its inverse
 
 
@@ -76,8 +83,9 @@ def read(layout: str, states: Sequence[tuple[str, State]], **options) -> tuple[A
     if len(states) > 1:
       raise UserError(f"{layout} is one file; {' and '.join(w for w, _ in states)} were given")
     ((where, state),) = states
-    if layout == "dino":
-      config, entries = _read_frozen("dino", dino.LAYOUT, DINO, state, where, **options)
+    if layout in _FROZEN:
+      table, make = _FROZEN[layout]
+      config, entries = _read_frozen(layout, table, make, state, where, **options)
     elif layout == "clip-text":
       config, entries = _read_clip_text(state, where, **options)
     else:
@@ -218,8 +226,13 @@ def _read_frozen(
   ema: bool = True,
 ) -> tuple[dict, Entries]:
   """A network without settings."""
-  expected = weights.expected_shapes(make)
+  expected = _shapes_of(make)
   return _fit(kind, (layout,), state, where, lambda _: ({"kind": kind}, expected), ema)
+
+
+@functools.cache
+def _shapes_of(make: Callable[[], nnx.Module]) -> shapes.Shapes:
+  return weights.expected_shapes(make)
 
 
 def _fit(

@@ -11,7 +11,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # by the file's own keys
 
 SUPPORTED = (
   "supported are MAR's KL-16 (mar-vae), FLUX.1's VAE (flux-vae), CODA's tokenizers (coda-mar, "
-  "coda-flux), DINO ViT-S/16 (dino) and LPIPS with VGG16 (lpips)"
+  "coda-flux), DINO ViT-S/16 (dino), FID's Inception (inception) and LPIPS with VGG16 (lpips)"
 )
 STABLE_DIFFUSION = "Stable Diffusion's VAE"
 _DIFFUSERS = r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\..*"
@@ -109,6 +109,7 @@ def _command(shapes: Shapes, coda: bool) -> str:
     ("lpips", r"(features|lin0)\..*"),
     ("lpips --from-package", r"(VGG16_0|NetLinLayer_0)\..*"),
     ("dino", r"blocks\.0\.attn\.qkv\..*"),
+    ("inception", r"Mixed_7c\.branch_pool\..*"),
   ):
     if _keys(shapes, pattern):
       return command

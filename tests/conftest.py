@@ -22,7 +22,8 @@ from tests.goldens import values  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # Another case of the same kind stays in `make test`.
-SLOW_GOLDENS = ("clip_text", "dino_disc_64", "quantizer_mar_nonorm", "mar_vae", "flux_vae_bfl")
+SLOW_GOLDENS = ("clip_text", "dino_disc_64", "inception_256", "quantizer_mar_nonorm", "mar_vae")
+SLOW_GOLDENS += ("flux_vae_bfl",)
 
 
 class Golden:

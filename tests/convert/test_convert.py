@@ -18,7 +18,7 @@ from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
-from convert import coda, dino, files, flux_vae, lpips, mar_vae, pickle, rules, shapes
+from convert import coda, dino, files, flux_vae, inception, lpips, mar_vae, pickle, rules, shapes
 from tests.goldens import values
 
 GOLDENS = pathlib.Path(values.__file__).parent
@@ -69,13 +69,15 @@ def save(path, state, **extra):
     ("flux-vae", ["flux_vae_bfl"], FLUX_VAE),  # MAR's and diffusers' are in CODA's below
     ("lpips", ["vgg16_torchvision", "lpips_vgg_heads"], {"kind": "lpips"}),
     ("dino", ["dino_deitsmall16"], {"kind": "dino"}),
+    ("inception", ["inception_fid"], {"kind": "inception"}),
   ],
 )
 def test_published_layouts_fit(layout, keys, config):
   found, flat = convert.to_flat(layout, full_size(*keys))
   assert found == config
-  unused = 2 if layout == "dino" else 0  # DINO's last norm
-  assert len(flat) == len(full_size(*keys)) - unused
+  # DINO's last norm; counters of Inception's batch norms
+  unused = {"dino": 2, "inception": sum("num_batches" in k for k in full_size(*keys))}
+  assert len(flat) == len(full_size(*keys)) - unused.get(layout, 0)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_codas_checkpoints_fit_and_are_written_with_their_keys(family, config, p
     (mar_vae.LAYOUT, ["mar_vae"]),
     (lpips.LAYOUT, ["vgg16_torchvision", "lpips_vgg_heads"]),
     (dino.LAYOUT, ["dino_deitsmall16"]),
+    (inception.LAYOUT, ["inception_fid"]),
     (coda.QUANTIZER, ["quantizer_flux_layer"]),
   ],
 )
@@ -288,6 +291,7 @@ def test_which_convolutions_are_adapted_is_read_from_the_keys(lora):
     ("coda-mar", lambda: small_state("flux", SMALL_LORA), "coda-flux"),
     ("mar-vae", lambda: full_size("vgg16_torchvision"), "lpips"),
     ("lpips", lambda: full_size("dino_deitsmall16"), "dino"),
+    ("dino", lambda: full_size("inception_fid"), "inception"),
     ("lpips", lambda: {"VGG16_0": {"Conv_0": {"bias": np.zeros(64)}}}, "lpips --from-package"),
   ],
 )
@@ -461,3 +465,16 @@ def test_full_size_takes_seconds_and_its_own_size(tmp_path, step):
   print(f"{step}: {seconds:.1f} s, {peak - before:.0f} MB above the runtime, file {size:.0f} MB")
   assert seconds < 30
   assert peak - before < 2 * size
+
+
+@pytest.mark.slow
+def test_inception_from_either_published_file(tmp_path):
+  file = save(tmp_path / "pt_inception-2015-12-05-6726825d.pth", full_size("inception_fid"))
+  for name in ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth"):
+    file = file.rename(tmp_path / name)
+    convert.convert("inception", [file], tmp_path / "inception", overwrite=True)
+    assert weights.load_inception(tmp_path / "inception").fc.kernel.shape == (2048, 1008)
+  file.write_bytes(file.read_bytes()[:-1000])
+  with pytest.raises(UserError, match="weights-inception.*damaged, truncated"):
+    convert.convert("inception", [file], tmp_path / "other")
+  assert not (tmp_path / "other").exists()

@@ -96,6 +96,9 @@ OURS = {
   "coda single": lambda: random_state(LDM, shapes.of_vae(SMALL_FLUX, SMALL_LORA)),
   "quantizer": lambda: values.state_dict(GOLDENS, QUANTIZER),
   "dino": lambda: full_size("dino_deitsmall16"),
+  "inception": lambda: {
+    k: v for k, v in full_size("inception_fid").items() if k.startswith(("Conv2d_1a", "Mixed_7c"))
+  },
   "lpips": lambda: full_size("vgg16_torchvision"),
   "unknown": lambda: {"a.b.weight": array(3)},
 }
