@@ -1,4 +1,8 @@
-"""Shared fixtures: goldens (`--goldens FOLDER`), shape checking, simulated devices."""
+"""Shared fixtures: goldens, shape checking, simulated devices.
+
+`pytest tests -m parity --goldens FOLDER` takes goldens from another folder. Without `tests`, pytest
+takes a FOLDER outside of the checkout for the place of the tests, and does not find this file.
+"""
 
 import json
 import os

@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
   SAMPLES = 4  # ids of the baselines that samples are compared with
   TOKEN_ORDER = 5  # which images a shard of tokens holds
   TOKEN_MIX = 6  # order of the crops in a shard of tokens: first row
+  KERNEL_SUBSET = 7  # which images a subset of a kernel distance holds: number of the subset
 
 
 def words(seed: int, stream: Stream, *keys: int) -> list[int]:

@@ -83,6 +83,16 @@ class CodebookUsage:
     return _perplexity(self.counts)
 
   @property
+  def entropy(self) -> float:
+    """Entropy of the codes' frequencies over all levels, in bits a token; log2 V at most."""
+    return float(np.log2(self.perplexity))
+
+  @property
+  def level_entropy(self) -> np.ndarray:
+    """The same per level [levels]."""
+    return np.log2(self.level_perplexity)
+
+  @property
   def tokens_per_code(self) -> float:
     """Tokens counted / codes. Below a few, utilization says nothing: state this beside it."""
     return float(self.counts.sum() / self.counts.shape[1])

@@ -3,7 +3,7 @@
 import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +16,18 @@ from coda_jax.evaluation.metrics import METRICS, Metric, Results
 from coda_jax.evaluation.reconstruction import Batch, BatchResult
 
 T = TypeVar("T")  # a tree of arrays [B, ...]
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+  """A tree of arrays, measured on some images."""
+
+  def merge(self, other: Any) -> Any:
+    """Of the images of both."""
+    ...
+
+
+M = TypeVar("M", bound=Mergeable)
 Images = Mapping[str, np.ndarray]  # a batch: "image", "valid" and perhaps more, all [b, ...]
 
 
@@ -97,8 +109,8 @@ def in_batches(images: UInt8[np.ndarray, "n h w 3"], size: int) -> list[dict[str
   return out
 
 
-def of_all_processes(local: Results) -> Results:
-  """Merges the metrics of all processes, in their order; a collective with one result for all.
+def of_all_processes(local: M) -> M:
+  """Merges a metric or sums of all processes, in their order; a collective with one result for all.
 
   Arrays are gathered as the bytes of an `.npz` file. Their lengths may differ between processes,
   and float64 and int64 keep their bits, which a gather of JAX arrays would cut to 32.
@@ -112,9 +124,9 @@ def of_all_processes(local: Results) -> Results:
   sizes = multihost_utils.process_allgather(np.int32(len(ours)))
   files = multihost_utils.process_allgather(np.pad(ours, (0, sizes.max() - len(ours))))
 
-  def read(file: np.ndarray) -> Results:
+  def read(file: np.ndarray) -> M:
     with np.load(io.BytesIO(file.tobytes())) as found:
       return jax.tree.unflatten(structure, [found[name] for name in found.files])
 
   parts = (read(file[:size]) for file, size in zip(files, sizes, strict=True))
-  return functools.reduce(Results.merge, parts)
+  return functools.reduce(lambda a, b: a.merge(b), parts)

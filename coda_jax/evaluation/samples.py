@@ -23,6 +23,7 @@ from coda_jax.errors import UserError
 from coda_jax.evaluation import frechet
 from coda_jax.evaluation.evaluator import in_batches, outputs
 from coda_jax.evaluation.image_quality import to_uint8
+from coda_jax.evaluation.kernel import kernel_distance
 from coda_jax.generation.generator import Generator
 from coda_jax.models.lpips import LPIPS, pooled_features
 
@@ -62,7 +63,7 @@ def _frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 MEASURES = {
-  "vgg_kd": Measure("VGG-KD", "vgg", 2, frechet.kernel_distance),
+  "vgg_kd": Measure("VGG-KD", "vgg", 2, kernel_distance),
   "vgg_fd": Measure("VGG-FD", "vgg", frechet.VGG_FD_IMAGES, _frechet),
 }
 

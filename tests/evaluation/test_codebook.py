@@ -22,6 +22,8 @@ def test_figures():
   p = np.array([4, 3, 1, 2]) / 10
   np.testing.assert_allclose(usage.perplexity, np.exp(-np.sum(p * np.log(p))))
   np.testing.assert_allclose(usage.level_perplexity[0], 2)
+  np.testing.assert_allclose(usage.entropy, -np.sum(p * np.log2(p)))
+  np.testing.assert_allclose(usage.level_entropy[0], 1)
 
 
 def test_merging_is_counting_together():

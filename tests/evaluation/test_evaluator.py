@@ -12,9 +12,13 @@ from coda_jax.errors import UserError
 from coda_jax.evaluation import evaluator
 from coda_jax.evaluation.codebook import CodebookUsage
 from coda_jax.evaluation.evaluator import evaluate, in_batches, outputs
+from coda_jax.evaluation.frechet import FeatureStatistics
 from coda_jax.evaluation.image_quality import Quality, psnr, ssim, to_uint8
+from coda_jax.evaluation.inception_score import ClassSums
 from coda_jax.evaluation.metrics import QuantizationError, Results
 from coda_jax.evaluation.reconstruction import Batch, BatchResult, Encoded
+from coda_jax.evaluation.rows import Rows
+from tests.conftest import assert_close
 
 CODES = 8
 
@@ -88,14 +92,8 @@ def test_eight_devices_find_what_one_finds(settings):
   assert list(ours.summary()) == list(alone.summary())
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (4, 0)])
-def test_all_processes_get_the_metrics_of_all(monkeypatch, counts):
-  """Two threads stand for two processes, each with images of its own, or with none."""
-  local = []
-  for seed, count in enumerate(counts):
-    images = photos(count, 16, 16, seed=seed)
-    result = jax.device_get(jax.jit(stand_in)(images))
-    local.append(Results.of(Batch(images, result)))
+def on_two_processes(monkeypatch, local: list) -> list:
+  """What `of_all_processes` gives each of two threads that stand for two processes."""
   barrier, sent, found = threading.Barrier(2), [None, None], [None, None]
 
   def process_allgather(x):
@@ -119,11 +117,47 @@ def test_all_processes_get_the_metrics_of_all(monkeypatch, counts):
     thread.start()
   for thread in threads:
     thread.join(60)
+  return found
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (4, 0)])
+def test_all_processes_get_the_metrics_of_all(monkeypatch, counts):
+  """Each with images of its own, or with none."""
+  local = []
+  for seed, count in enumerate(counts):
+    images = photos(count, 16, 16, seed=seed)
+    result = jax.device_get(jax.jit(stand_in)(images))
+    local.append(Results.of(Batch(images, result)))
   expected = local[0].merge(local[1])
-  for results in found:
+  for results in on_two_processes(monkeypatch, local):
     assert_same(results, expected)
     assert results.summary() == expected.summary()
     assert results[Quality].psnr.dtype == np.float64
+
+
+def test_statistics_over_devices_and_processes_are_those_of_one(monkeypatch):
+  """Mean, covariance and class sums of features, 8 devices on each of two processes."""
+  rng = np.random.default_rng(0)
+  weights = jnp.asarray(rng.normal(size=(16 * 16 * 3, 12)) / 30, jnp.float32)
+
+  def features(x):
+    return jax.nn.relu(normalize(x).reshape(len(x), -1) @ weights)
+
+  mesh = sharding.make_mesh(MeshSettings())
+  over_all = jax.jit(features, out_shardings=sharding.batch_sharding(mesh))
+  images, local = photos(43, 16, 16), []
+  for part in (slice(0, 20), slice(20, 43)):
+    rows = [x for _, x in outputs(over_all, in_batches(images[part], 8), mesh)]
+    sums = ClassSums.of(np.concatenate(rows), part.start, split=10)
+    local.append((FeatureStatistics.of(Rows(rows)), sums))
+  x = np.asarray(jax.jit(features)(images))
+  expected = ClassSums.of(x, 0, split=10).score()
+  for found in on_two_processes(monkeypatch, [a for a, _ in local]):
+    assert found.count == 43
+    np.testing.assert_allclose(found.mean, x.mean(0, np.float64), rtol=1e-6)
+    assert_close(found.covariance, np.cov(x.T.astype(float)), 1e-6)
+  for found in on_two_processes(monkeypatch, [b for _, b in local]):
+    np.testing.assert_allclose(found.score(), expected, rtol=1e-6)
 
 
 def test_no_images():

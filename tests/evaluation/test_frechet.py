@@ -4,10 +4,11 @@ import pytest
 from coda_jax.errors import UserError
 from coda_jax.evaluation.frechet import (
   FeatureStatistics,
+  check_count,
   frechet_distance,
-  kernel_distance,
   vgg_frechet_distance,
 )
+from coda_jax.evaluation.rows import Rows
 
 
 @pytest.mark.parity("frechet")
@@ -40,27 +41,35 @@ def test_merged_statistics_are_those_of_the_union():
   np.testing.assert_allclose(merged.covariance, np.cov(x.T), rtol=1e-10, atol=1e-12)
 
 
-def test_kernel_distance_is_the_mean_over_distinct_pairs():
-  rng = np.random.default_rng(0)
-  a, b = rng.normal(size=(5, 4)), rng.normal(1, 1, size=(3, 4))
-
-  def k(x, y):
-    return (x @ y / 4 + 1) ** 3
-
-  aa = np.mean([k(a[i], a[j]) for i in range(5) for j in range(5) if i != j])
-  bb = np.mean([k(b[i], b[j]) for i in range(3) for j in range(3) if i != j])
-  ab = np.mean([k(x, y) for x in a for y in b])
-  np.testing.assert_allclose(kernel_distance(a, b), aa + bb - 2 * ab, rtol=1e-10)
+def test_statistics_of_a_stream_are_those_of_the_whole():
+  x = np.random.default_rng(0).normal(5, 1, (2500, 8)).astype(np.float32)
+  rows = Rows([x[:700], x[700:701], x[701:]])
+  assert [len(b) for b in rows.blocks()] == [1024, 1024, 452]
+  streamed = FeatureStatistics.of(rows)
+  np.testing.assert_allclose(streamed.mean, x.mean(0, np.float64), rtol=1e-12)
+  np.testing.assert_allclose(streamed.covariance, np.cov(x.T.astype(float)), rtol=1e-9, atol=1e-12)
 
 
-def test_kernel_distance_is_unbiased():
-  """Over many draws from one distribution its mean is zero; blocks of rows change nothing."""
-  rng = np.random.default_rng(0)
-  draws = [kernel_distance(*rng.normal(size=(2, 20, 8))) for _ in range(400)]
-  assert abs(np.mean(draws)) < 4 * np.std(draws) / 20
-  big = rng.normal(size=(1500, 4))
-  shuffled = rng.permutation(big)
-  np.testing.assert_allclose(kernel_distance(big, big[:9]), kernel_distance(shuffled, big[:9]))
+def test_rows_in_files_and_any_of_them(tmp_path):
+  x = np.arange(24, dtype=np.float32).reshape(12, 2)
+  files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+  for file, part in zip(files, (x[:5], x[5:]), strict=True):
+    np.save(file, part)
+  rows = Rows(files)
+  chosen = np.array([11, 4, 5, 0])
+  np.testing.assert_array_equal(rows[chosen], x[chosen])
+  np.testing.assert_array_equal(rows[3:8], x[3:8])
+  files[1].write_bytes(b"")
+  with pytest.raises(UserError, match="b.npy is damaged"):
+    rows[:]
+
+
+def test_counts_that_are_too_small():
+  check_count("FID", 2048, 2049, None)
+  with pytest.raises(
+    UserError, match="FID needs at least 2049 images.*2048 features; got 84 and 9"
+  ):
+    check_count("FID", 2048, 84, 9)
 
 
 def test_refusals():
@@ -70,5 +79,7 @@ def test_refusals():
   one = np.zeros((1, 2))
   with pytest.raises(UserError, match="at least 2"):
     frechet_distance(FeatureStatistics.of(one), few)
-  with pytest.raises(UserError, match="at least 2"):
-    kernel_distance(one, one)
+  with pytest.raises(UserError, match="statistics of 2 and of 3 features"):
+    frechet_distance(few, FeatureStatistics.of(np.zeros((4, 3))))
+  with pytest.raises(UserError, match="no images"):
+    FeatureStatistics.of(Rows([]))
