@@ -76,6 +76,7 @@ class Convention:
     height, width = x.shape[1:3]
     if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
       x = separable(x, self.matrix(height, IMAGE_SIZE), self.matrix(width, IMAGE_SIZE))
+      x = jnp.clip(x, 0, 1 if self.unit else 255)  # bicubic alone goes beyond
     scale, offset = self.normalise
     return x * scale + offset
 
@@ -98,7 +99,12 @@ _PYTORCH = (
   (2.0, -1.0),
 )
 _TF1 = (tf1_bilinear_matrix, "bilinear to 299 as TensorFlow 1", False, (1 / 128, -1.0))
-_PILLOW = (pillow_bicubic_matrix, "Pillow's bicubic to 299, antialiased", False, (1 / 128, -1.0))
+_PILLOW = (
+  pillow_bicubic_matrix,
+  "Pillow's bicubic to 299, antialiased, clipped",
+  False,
+  (1 / 128, -1.0),
+)
 
 # Bytes are made as the tool's users make them: image files round, the scripts of ADM and of
 # torch-fidelity truncate.
