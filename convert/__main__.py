@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
   options = {k: v for k, v in vars(args).items() if v is not None}
   layout, inputs, output = (options.pop(k) for k in ("layout", "inputs", "output"))
-  options.pop("debug", None)
+  for shared in ("debug", "no_compilation_cache"):  # `cli.main` adds them to every command
+    options.pop(shared, None)
   if layout == "lpips" and bool(inputs) == options["from_package"]:
     raise cli.UsageError("lpips: give files, or --from-package")
   if layout == "to-torch":
