@@ -19,8 +19,19 @@ from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, Quantiz
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
 
-from . import clip_text, coda, dino, flux_vae, inception, lpips, mar_vae, relatives, rules
-from . import shapes, unwrapping
+from . import (
+  clip_text,
+  coda,
+  dino,
+  flux_vae,
+  inception,
+  lpips,
+  mar_vae,
+  relatives,
+  rules,
+  shapes,
+  unwrapping,
+)
 from .rules import Entry, Layout
 
 State = Mapping[str, Any]
