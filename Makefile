@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -26,5 +26,9 @@ lint: $(VENV)/.done
 demo: $(VENV)/.done
 	$(BIN)/python -m tools.demo
 
+docs: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m tools.docs_site
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo build
