@@ -15,7 +15,7 @@ $(VENV)/.done: pyproject.toml
 test: $(VENV)/.done lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: $(VENV)/.done lint
+test-all: $(VENV)/.done lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(VENV)/.done

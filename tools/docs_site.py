@@ -10,6 +10,7 @@ of the repository become links to the address `repo_url` in mkdocs.yml.
 import argparse
 import dataclasses
 import inspect
+import os
 import pathlib
 import re
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import typing
 
+import coda_jax
 from coda_jax import __main__ as commands
 from coda_jax import cli, config
 from coda_jax.config.engine import unwrap
@@ -42,7 +44,7 @@ def settings(cls: type, prefix: str = "") -> list[str]:
       continue
     default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
     said = meaning.get(field.name, "").replace("|", "\\|")
-    rows.append(f"| `{key}` | {default} | {said} |")
+    rows.append(f"| `{field.name}` | {default} | {said} |")
   title = f"### `{prefix.rstrip('.') or cls.__name__}`"
   table = ["| key | default | |", "|---|---|---|", *rows, ""] if rows else []
   return [title, "", " ".join(head.split()), "", *table, *inner]
@@ -53,8 +55,8 @@ def settings_page() -> str:
     [
       "# Settings",
       "",
-      "Every key of a config, as `--config.KEY=VALUE` changes it. A key without a default is set by",
-      "the files in `configs/`.",
+      "Every key of a config, as `--config.KEY=VALUE` changes it. A key without a default is set",
+      "by the files in `configs/`.",
       "",
       "## Training a tokenizer",
       "",
@@ -70,15 +72,14 @@ def help_of(name: str) -> str:
   """What `coda-jax NAME --help` prints, 100 columns wide."""
   command = [sys.executable, "-m", "coda_jax", *name.split(), "--help"]
   done = subprocess.run(
-    command, capture_output=True, text=True, check=True, cwd=ROOT, env={"COLUMNS": "100", **_env()}
+    command,
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=ROOT,
+    env=os.environ | {"COLUMNS": "100"},
   )
   return done.stdout.rstrip()
-
-
-def _env() -> dict[str, str]:
-  import os
-
-  return {k: v for k, v in os.environ.items() if k != "COLUMNS"}
 
 
 def commands_page() -> str:
@@ -98,25 +99,19 @@ def commands_page() -> str:
 
 
 def python_page() -> str:
-  import coda_jax
-
   parts = ["# Reference of the Python interface", ""]
   for name in coda_jax.__all__:
-    parts += [f"::: coda_jax.api.{name}", ""]
+    function = getattr(coda_jax, name)
+    parts += [f"::: {function.__module__}.{function.__name__}", ""]
   parts += ["::: coda_jax.api.Tokenizer", "", "::: coda_jax.api.AutoencoderKL", ""]
   parts += ["::: coda_jax.generation.generator.Generator", ""]
   return "\n".join(parts)
 
 
 def linked(text: str, address: str) -> str:
-  """A page with its links to files of the repository made absolute."""
-  return re.sub(
-    r"\]\(\.\./([^)]+)\)",
-    lambda m: (
-      f"]({m[0][2:-1]})" if m[1].startswith("assets/") else f"]({address}/blob/main/{m[1]})"
-    ),
-    text,
-  )
+  """A page with its links to files of the repository made absolute, but for pictures."""
+  text = re.sub(r"\]\(\.\./assets/(\w+\.png)\)", r"](assets/\1)", text)
+  return re.sub(r"\]\(\.\./", f"]({address}/blob/main/", text)
 
 
 def write_pages() -> None:
@@ -125,12 +120,11 @@ def write_pages() -> None:
   shutil.copytree(ROOT / "docs", PAGES)
   address = re.search(r"^repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
   assert address is not None
-  shutil.copytree(
-    ROOT / "assets", PAGES / "assets", ignore=shutil.ignore_patterns("photos", "demo_vae")
-  )
+  (PAGES / "assets").mkdir()
+  for picture in (ROOT / "assets").glob("*.png"):
+    shutil.copy(picture, PAGES / "assets")
   for page in PAGES.rglob("*.md"):
-    text = linked(page.read_text(), address[1])
-    page.write_text(text.replace("](../assets/", "](assets/"))
+    page.write_text(linked(page.read_text(), address[1]))
   reference = PAGES / "reference"
   reference.mkdir()
   for name, page in (
@@ -144,13 +138,14 @@ def write_pages() -> None:
 def run(args: argparse.Namespace) -> None:
   write_pages()
   words = ["serve"] if args.serve else ["build", "--strict", "--site-dir", "build/site"]
-  subprocess.run([sys.executable, "-m", "mkdocs", *words], check=True, cwd=ROOT)
+  quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+  subprocess.run([sys.executable, "-m", "mkdocs", *words], check=True, cwd=ROOT, env=quiet)
   if not args.serve:
     print(ROOT / "build" / "site" / "index.html")
 
 
 def parser() -> argparse.ArgumentParser:
-  p = cli.Parser(prog="python -m tools.docs_site", description=__doc__.splitlines()[0])
+  p = cli.Parser(prog="python -m tools.docs_site", description=(__doc__ or "").splitlines()[0])
   p.add_argument("--serve", action="store_true", help="show it on localhost, anew at each change")
   return p
 
