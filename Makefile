@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all test-lowest lint docs clean
 
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -17,6 +17,16 @@ test: $(VENV)/.done lint
 
 test-all: $(VENV)/.done lint docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+
+# The lowest versions that pyproject.toml allows for $(PYTHON), in a fresh environment.
+LOWEST := $(VENV)-lowest
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra gcs --python $(LOWEST)/bin/python \
+	  --output-file $(LOWEST)/pins.txt pyproject.toml
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/pins.txt gcp-storage-emulator
+	$(LOWEST)/bin/python -m tools.smoke
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -31,4 +41,4 @@ docs: $(VENV)/.done
 	$(BIN)/python -m tools.docs_site
 
 clean:
-	rm -rf $(VENV) demo build
+	rm -rf $(VENV) $(LOWEST) demo build

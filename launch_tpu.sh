@@ -115,7 +115,7 @@ case $subcommand in
 esac
 numbers=(max_failures=3 max_preemptions=1000 poll=30 retries=3 backoff=5 stop_seconds=300 lines=50
   max_pack=1000)
-options=("${numbers[@]}" name= zone= project= type= image= extras=tpu python=3.12 artefact= create_flags=
+options=("${numbers[@]}" name= zone= project= type= image= extras='tpu,gcs' python=3.12 artefact= create_flags=
   ssh_flags='--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=15'
   scp_flags=--scp-flag=-oConnectTimeout=20 state="${XDG_STATE_HOME:-$HOME/.local/state}/launch_tpu")
 for o in "${options[@]}" tier= shared_workdir= down= yes= dry_run= follow=; do

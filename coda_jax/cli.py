@@ -23,6 +23,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from coda_jax import storage
 from coda_jax.errors import UserError, describe, one_line
 
 # The C++ parts of XLA, gRPC and libtpu read these once, when the first backend starts.
@@ -33,7 +34,7 @@ _QUIET_ENVIRONMENT = {
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
 }
-_QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL")
+_QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL", "gcsfs")
 _NO_CACHE = "--no-compilation-cache"
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -112,18 +113,14 @@ def _run(run, parser, argv, config):
     parser.error(str(e))
 
 
-def path(text: str) -> pathlib.Path:
+def path(text: str) -> storage.Path:
   """A path of the command line, for argparse's `type`; `~` is the home folder."""
   if not text or "\0" in text:
     raise argparse.ArgumentTypeError("the path is empty" if not text else "a path with a null byte")
-  if re.match(r"[a-z][a-z0-9+.-]+://", text):
-    raise argparse.ArgumentTypeError(
-      f"{text}: object stores cannot be written yet; mount the bucket, or name a folder"
-    )
   try:
-    return pathlib.Path(text).expanduser()
-  except RuntimeError as e:
-    raise argparse.ArgumentTypeError(f"{text}: {e}") from e
+    return storage.path(text)
+  except UserError as e:
+    raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:

@@ -20,7 +20,7 @@ import tqdm
 from jaxtyping import PRNGKeyArray
 from PIL import Image
 
-from coda_jax import cli, weights
+from coda_jax import cli, storage, weights
 from coda_jax.data import decode, sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
@@ -249,7 +249,7 @@ def _maker(args: argparse.Namespace, generator: Generator, key: PRNGKeyArray) ->
 def _read(path: str | os.PathLike, size: int) -> np.ndarray:
   """The centre square of a file's image, uint8 [size, size, 3]."""
   try:
-    image = decode.decode_image(pathlib.Path(path).read_bytes())
+    image = decode.decode_image(storage.path(path).read_bytes())
     return decode.resize_and_crop(image, size, resize_ratio=1.0)
   except decode.UnreadableImage as e:
     raise UserError(f"{path} cannot be read: {e}") from e
@@ -347,9 +347,9 @@ def _write_sweep(folder: pathlib.Path, metrics: Mapping[str, Mapping]) -> None:
   plot.savefig(folder / "sweep.png")
 
 
-def _write_curves(folder: pathlib.Path, model: pathlib.Path) -> None:
+def _write_curves(folder: pathlib.Path, model: storage.Path) -> None:
   """The curves of the training that the generator lies in, unless it was moved."""
-  run = read_metrics(model.resolve().parent)
+  run = read_metrics(storage.resolved(model).parent)
   curves = figures.training_curves({"generator": run})
   if curves:
     figures.curves_plot(curves).savefig(folder / "curves.png")

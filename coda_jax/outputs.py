@@ -2,6 +2,11 @@
 
 Both are written aside, under another name, and renamed when they are whole. A directory takes the
 place of another only if a command of the same kind wrote that one and it holds nothing else.
+
+In an object store nothing can be renamed. A file is written here and uploaded: it appears whole. A
+directory is made here and uploaded file by file. The one without which it is incomplete comes last:
+`config.json` of weights, and `MARKER` of all else, which says "complete": false until then. A lock
+is an object that its holder renews.
 """
 
 import contextlib
@@ -10,13 +15,19 @@ import json
 import logging
 import os
 import pathlib
+import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 
-from coda_jax.errors import UserError
+from etils import epath
+
+from coda_jax import storage
+from coda_jax.errors import UserError, one_line
 
 try:
   import fcntl
@@ -27,11 +38,12 @@ log = logging.getLogger("coda_jax")
 MARKER = ".coda_jax.json"  # says which command wrote a directory, and lists its files
 LOCK = ".lock"
 WEIGHTS = ("config.json", "model.safetensors")  # a directory of weights is its own marker
+_RENEWED, _EXPIRED, _SETTLED = 15.0, 60.0, 1.0  # seconds; see `_leased`
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def check_output(
-  path: pathlib.Path,
+  path: storage.Path,
   kind: str,
   *,
   overwrite: bool,
@@ -52,9 +64,9 @@ def check_output(
     if path.exists():
       raise UserError(f"{path} exists and is no directory; name another output")
     return
-  place = path.resolve()
+  place = storage.resolved(path)
   for given in filter(None, inputs):
-    if pathlib.Path(given).expanduser().resolve().is_relative_to(place):
+    if storage.resolved(storage.path(given)).is_relative_to(place):
       raise UserError(f"{path} holds the input {given}, which would be lost; name another output")
   foreign = _foreign(place, kind)
   if foreign:
@@ -62,20 +74,11 @@ def check_output(
       f"{path} holds {foreign}, which {kind!r} did not write and which would be lost; "
       "name another output"
     )
-  if _files(place) and not overwrite:
+  if storage.files(place) and not overwrite:
     raise UserError(f"{path} exists and is not empty; --overwrite replaces it")
 
 
-def _files(folder: pathlib.Path) -> list[str]:
-  """Relative names of everything below a folder but its own subfolders; links are not followed."""
-  found = []
-  for where, folders, files in os.walk(folder):
-    links = [f for f in folders if os.path.islink(os.path.join(where, f))]
-    found += [os.path.relpath(os.path.join(where, f), folder) for f in files + links]
-  return sorted(found)
-
-
-def _written_by(folder: pathlib.Path, kind: str) -> set[str]:
+def _written_by(folder: storage.Path, kind: str) -> set[str]:
   """Relative names of the files that a command of `kind` wrote to a directory."""
   try:
     marker = json.loads((folder / MARKER).read_text())
@@ -91,10 +94,10 @@ def _written_by(folder: pathlib.Path, kind: str) -> set[str]:
   return {*WEIGHTS, *inner}
 
 
-def _foreign(folder: pathlib.Path, kind: str, besides: str = "") -> str | None:
+def _foreign(folder: storage.Path, kind: str, besides: str = "") -> str | None:
   """The first file below a folder that a command of `kind` did not write there."""
   own = _written_by(folder, kind)
-  for name in _files(folder):
+  for name in storage.files(folder):
     top, known = name.split(os.sep)[0], name in own or os.path.basename(name) in _OF_DESKTOPS
     if not known and top != besides:
       return name
@@ -102,7 +105,7 @@ def _foreign(folder: pathlib.Path, kind: str, besides: str = "") -> str | None:
 
 
 @contextlib.contextmanager
-def written_aside(path: pathlib.Path, kind: str, *, marker: bool = True) -> Iterator[pathlib.Path]:
+def written_aside(path: storage.Path, kind: str, *, marker: bool = True) -> Iterator[pathlib.Path]:
   """A new directory that takes the place of `path` when the block ends well, else disappears.
 
   Args:
@@ -112,6 +115,10 @@ def written_aside(path: pathlib.Path, kind: str, *, marker: bool = True) -> Iter
   Raises:
     UserError: what is at `path` by then would be lost. The new directory stays where it was made.
   """
+  if not isinstance(path, pathlib.Path):
+    with _uploaded(path, kind, marker) as aside:
+      yield aside
+    return
   path = path.expanduser().resolve()
   path.parent.mkdir(parents=True, exist_ok=True)
   # A mount point and the shell's own folder stay: their contents are replaced.
@@ -121,7 +128,7 @@ def written_aside(path: pathlib.Path, kind: str, *, marker: bool = True) -> Iter
   try:
     yield aside
     if marker:
-      fields = {"kind": kind, "files": _files(aside)}
+      fields = {"kind": kind, "files": storage.files(aside)}
       (aside / MARKER).write_text(json.dumps(fields, indent=1) + "\n")
     aside.chmod(0o755)
   except BaseException:
@@ -149,13 +156,60 @@ def written_aside(path: pathlib.Path, kind: str, *, marker: bool = True) -> Iter
 
 
 @contextlib.contextmanager
-def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def _uploaded(path: epath.Path, kind: str, marker: bool) -> Iterator[pathlib.Path]:
+  """`written_aside` for an object store.
+
+  A process that is killed leaves a directory that is incomplete. Its `MARKER` lists the files of
+  the old directory and of the new one, so that the next one may replace them.
+  """
+
+  def mark(names: Iterable[str], **fields: bool) -> None:
+    write_text(path / MARKER, json.dumps({"kind": kind, "files": sorted(names)} | fields) + "\n")
+
+  aside = pathlib.Path(tempfile.mkdtemp(prefix=f"{path.name}."))
+  try:
+    yield aside
+  except BaseException:
+    shutil.rmtree(aside, ignore_errors=True)
+    raise
+  made, there = set(storage.files(aside)), set(storage.files(path))
+  if foreign := _foreign(path, kind):
+    raise UserError(f"{path} holds {foreign}, which would be lost; what was made is in {aside}")
+  try:
+    mark((made | there) - {MARKER}, complete=False)
+    last = set() if marker else {WEIGHTS[0]}
+    for name in (there & last) or ():
+      (path / name).unlink()
+    for name in sorted(made - last):
+      storage.upload(aside / name, path / name)
+    for name in sorted(there - made - last - {MARKER}):
+      (path / name).unlink(missing_ok=True)
+    for name in last:
+      storage.upload(aside / name, path / name)
+    if marker:
+      mark(made)
+    else:
+      (path / MARKER).unlink()
+  except Exception as e:
+    what = f"{path} is incomplete; what was made is in {aside}"
+    raise UserError(f"{what}: {one_line(e) or type(e).__name__}") from e
+  shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced(path: storage.Path) -> Iterator[pathlib.Path]:
   """The path of a new file that takes the place of `path` when the block ends well.
 
   The block writes and closes the file, `path` with `.partial` after its name. A block that fails
   leaves `path` as it was. A process that is killed leaves the partial file, which the next one
-  overwrites.
+  overwrites. To an object store the file is uploaded from this disk.
   """
+  if not isinstance(path, pathlib.Path):
+    with tempfile.TemporaryDirectory() as folder:
+      aside = pathlib.Path(folder, path.name)
+      yield aside
+      storage.upload(aside, path)
+    return
   aside = path.with_name(f"{path.name}.partial")
   try:
     yield aside
@@ -165,18 +219,18 @@ def replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
     raise
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: storage.Path, text: str) -> None:
   """Writes a file whole: `path` holds its old content or `text`, never a part."""
   with replaced(path) as aside:
     aside.write_text(text)
 
 
 @contextlib.contextmanager
-def held(file: pathlib.Path) -> Iterator[str | None]:
+def held(file: storage.Path) -> Iterator[str | None]:
   """Holds a lock file while the block runs, unless another process holds it.
 
   The lock is the operating system's (`flock`): it ends with its process, however that ends, and
-  network file systems pass it on to other machines.
+  network file systems pass it on to other machines. For an object store see `_leased`.
 
   Args:
     file: in a folder that exists; it is there as long as somebody holds it.
@@ -185,8 +239,12 @@ def held(file: pathlib.Path) -> Iterator[str | None]:
     None, or which process of which machine holds the file, if that is another one.
 
   Raises:
-    OSError: the file cannot be written.
+    OSError: the file cannot be written. A store raises what it likes.
   """
+  if not isinstance(file, pathlib.Path):
+    with _leased(file) as holder:
+      yield holder
+    return
   while True:
     handle = file.open("a+")
     try:
@@ -206,8 +264,7 @@ def held(file: pathlib.Path) -> Iterator[str | None]:
     handle.close()  # its holder ended and removed it meanwhile
   try:
     handle.truncate(0)
-    started = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
+    handle.write(f"{_this_process()}\n")
     handle.flush()
     yield None
   finally:
@@ -217,26 +274,92 @@ def held(file: pathlib.Path) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def locked(
-  folder: pathlib.Path, option: str = "the folder", *, wait: float = 0.0
+  folder: storage.Path, option: str = "the folder", *, wait: float = 0.0
 ) -> Iterator[None]:
   """Makes a folder and holds it, by its file `LOCK`, for this process alone while the block runs.
 
   Args:
     option: what named the folder, for the message.
-    wait: seconds to wait for another process that holds it.
+    wait: seconds to wait for another process that holds it. In an object store it is no less than
+      a killed process may seem to hold it.
 
   Raises:
     UserError: the folder cannot be written, or another process holds it; the message says which,
       on which machine.
   """
+  pause, told = 0.1, not wait and isinstance(folder, pathlib.Path)
+  if not isinstance(folder, pathlib.Path):
+    wait, pause = max(wait, _EXPIRED + 2 * _SETTLED), _SETTLED
   end = time.monotonic() + wait
   with contextlib.ExitStack() as stack:
     try:
-      folder.mkdir(parents=True, exist_ok=True)
+      if isinstance(folder, pathlib.Path):
+        folder.mkdir(parents=True, exist_ok=True)
       while holder := stack.enter_context(held(folder / LOCK)):
         if time.monotonic() >= end:
           raise UserError(f"{folder} is in use by {holder}; wait until it ends, or stop it")
-        time.sleep(0.1)
-    except OSError as e:
-      raise UserError(f"{option}={folder} cannot be written: {e.strerror}") from e
+        if not told:
+          log.info("%s: waiting for %s, which uses it or was killed", folder, holder)
+        told = True
+        time.sleep(pause)
+    except UserError:
+      raise
+    except Exception as e:
+      reason = getattr(e, "strerror", None) or one_line(e) or type(e).__name__
+      raise UserError(f"{option}={folder} cannot be written: {reason}") from e
     yield
+
+
+def _this_process() -> str:
+  started = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
+  return f"process {os.getpid()} on {socket.gethostname()} since {started}"
+
+
+@contextlib.contextmanager
+def _leased(file: epath.Path) -> Iterator[str | None]:
+  """`held` in an object store: an object that its holder writes anew every `_RENEWED` seconds.
+
+  A killed process leaves it. It counts no more when it was not renewed for `_EXPIRED` seconds. Of
+  two that write it at once the later one has it, which both see after `_SETTLED` seconds. A holder
+  that could not renew it in time and finds another one's stops by SIGTERM.
+  """
+  key, me = secrets.token_hex(8), _this_process()
+
+  def write() -> None:
+    write_text(file, json.dumps({"holder": me, "key": key, "renewed": time.time()}))
+
+  def read() -> dict:
+    try:
+      return json.loads(file.read_text())
+    except FileNotFoundError:
+      return {}
+
+  there = read()
+  if not there or time.time() - there["renewed"] >= _EXPIRED:
+    write()
+    time.sleep(_SETTLED)
+    there = read()
+  if there.get("key") != key:
+    yield there.get("holder", "another process")
+    return
+  ended = threading.Event()
+
+  def renew() -> None:
+    while not ended.wait(_RENEWED):
+      with contextlib.suppress(Exception):  # the next round tries again
+        if (there := read()).get("key", key) != key:
+          log.error("%s was taken by %s", file, there["holder"])
+          os.kill(os.getpid(), signal.SIGTERM)
+          return
+        write()
+
+  renewing = threading.Thread(target=renew, daemon=True)
+  renewing.start()
+  try:
+    yield None
+  finally:
+    ended.set()
+    renewing.join()
+    with contextlib.suppress(Exception):
+      if read().get("key") == key:
+        file.unlink()

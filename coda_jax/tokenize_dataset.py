@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from coda_jax import arrays, cli, outputs, weights
+from coda_jax import arrays, cli, outputs, storage, weights
 from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
 
@@ -166,7 +165,7 @@ def _views(args: argparse.Namespace) -> list[tuple[str, bool]]:
   return [(place, flip) for place in places for flip in mirrored]
 
 
-def _claim(output: pathlib.Path, manifest: dict) -> bool:
+def _claim(output: storage.Path, manifest: dict) -> bool:
   """Writes the manifest of a new directory; True if what is there is complete.
 
   A directory that lacks a shard is not complete, whatever its manifest says.
@@ -211,7 +210,7 @@ def _claim(output: pathlib.Path, manifest: dict) -> bool:
   return complete
 
 
-def _writers(output: pathlib.Path) -> list[str]:
+def _writers(output: storage.Path) -> list[str]:
   """The processes that write shards there now. Removes the lock files of those that were killed."""
   writers = []
   for file in output.glob(f"{_HELD}*"):
@@ -220,17 +219,17 @@ def _writers(output: pathlib.Path) -> list[str]:
   return writers
 
 
-def _write_json(file: pathlib.Path, value: dict) -> None:
+def _write_json(file: storage.Path, value: dict) -> None:
   outputs.write_text(file, json.dumps(value, indent=1) + "\n")
 
 
-def _counts_file(shard: pathlib.Path) -> pathlib.Path:
+def _counts_file(shard: storage.Path) -> storage.Path:
   """How many images a shard holds, and the rows that it lacks; there before the shard is."""
   return shard.with_name(f"{shard.name}.json")
 
 
 def _kept(
-  args: argparse.Namespace, source: sources.ImageSource, size: int, shard: pathlib.Path
+  args: argparse.Namespace, source: sources.ImageSource, size: int, shard: storage.Path
 ) -> dict | None:
   """What `_counts_file` says of a shard that is there; None if the shard must be made.
 
@@ -251,7 +250,7 @@ def _kept(
   return counts
 
 
-def _encoder(path: pathlib.Path, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
+def _encoder(path: storage.Path, codebook_size: int) -> Callable[[np.ndarray], np.ndarray]:
   """Images uint8 [B, H, W, 3] to ids [B, N], on all devices if they divide B."""
 
   def ids(tokenizer, images):
@@ -303,7 +302,7 @@ def _write_shard(
   rows: np.ndarray,
   encode: Callable[[np.ndarray], np.ndarray],
   size: int,
-  file: pathlib.Path,
+  file: storage.Path,
 ) -> dict:
   """Writes the shard of the images `rows`, and its counts, which it returns."""
   ids, labels, unreadable, n = [], [], [], args.batch_size

@@ -8,11 +8,10 @@ import argparse
 import dataclasses
 import json
 import logging
-import pathlib
 
 import numpy as np
 
-from coda_jax import cli, weights
+from coda_jax import cli, storage, weights
 from coda_jax.config import DataSettings
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
   print(f"{args.output / 'report.html'}")
 
 
-def _training_ratio(workdir: pathlib.Path) -> float:
+def _training_ratio(workdir: storage.Path) -> float:
   """The `resize_ratio` of the data that a run was trained on."""
   try:
     return json.loads((workdir / "config.json").read_text())["data"]["resize_ratio"]

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from coda_jax import arrays, outputs
+from coda_jax import arrays, outputs, storage
 from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -152,7 +152,7 @@ def write_directory(
       nothing is written.
   """
   check_finite(flat, str(path), "nothing is written")
-  path = pathlib.Path(path).expanduser()
+  path = storage.path(path)
   outputs.check_output(path, kind, overwrite=True)
   fields = json.loads(json.dumps(fields))
   config = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
@@ -163,7 +163,8 @@ def write_directory(
     for name, source in (include or {}).items():
       (aside / name).mkdir()
       for file in outputs.WEIGHTS:
-        shutil.copyfile(pathlib.Path(source).expanduser() / file, aside / name / file)
+        with storage.fetched(storage.path(source) / file) as read:
+          shutil.copyfile(read, aside / name / file)
 
 
 def _save_safetensors(flat: Arrays, file: pathlib.Path) -> None:
@@ -190,7 +191,7 @@ def read_config(path: Path, kind: str) -> dict:
   Raises:
     UserError: no such directory, another kind or another format version.
   """
-  file = pathlib.Path(path).expanduser() / "config.json"
+  file = storage.path(path) / "config.json"
   if not file.is_file():
     where = os.fspath(path) or "an empty path"
     raise UserError(f"{where}: no config.json; give a directory that `convert` or training wrote")
@@ -210,9 +211,10 @@ def read_config(path: Path, kind: str) -> dict:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
   """The arrays of a directory. Raises UserError if the file is missing, damaged or not finite."""
-  file = pathlib.Path(path).expanduser() / "model.safetensors"
+  file = storage.path(path) / "model.safetensors"
   try:
-    flat = safetensors.numpy.load_file(file)
+    with storage.fetched(file) as read:
+      flat = safetensors.numpy.load_file(read)
   except FileNotFoundError as e:
     raise UserError(f"{file} is missing") from e
   except safetensors.SafetensorError as e:
@@ -401,7 +403,7 @@ def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tup
   """
   fields = read_config(path, "generator")
   config = config_from_fields(MaskGITConfig, fields["maskgit"], f"{path}/config.json: maskgit")
-  tokenizer = pathlib.Path(path) / "tokenizer"
+  tokenizer = storage.path(path) / "tokenizer"
   found = read_config(tokenizer, "tokenizer")["fingerprint"]
   if found != fields["tokenizer_fingerprint"]:
     raise UserError(

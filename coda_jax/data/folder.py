@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 from PIL import Image
 
+from coda_jax import storage
 from coda_jax.errors import UserError
 
 _IMAGES = frozenset(
@@ -26,6 +27,10 @@ _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 _TRAIN = ("train", "training")
 _SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
 _SHOWN = 3
+_ONLY_ON_DISK = (
+  "image folders are read from a disk alone; mount the bucket, or copy the images by "
+  "`coda_jax.data.sources.write_arrayrecord` and read arrayrecord:gs://BUCKET/FOLDER@SPLIT"
+)
 
 
 def image_extensions() -> frozenset[str]:
@@ -96,7 +101,7 @@ class FolderSource:
   """
 
   def __init__(self, root: str | os.PathLike, split: str | None = None):
-    root = pathlib.Path(root).expanduser()
+    root = storage.on_disk(root, _ONLY_ON_DISK)
     if not root.is_dir():
       raise UserError(f"image folder {root} does not exist or is not a folder")
     try:

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from coda_jax import outputs
+from coda_jax import outputs, storage
 from coda_jax.data.folder import LOOK_LIKE_IMAGES
 from coda_jax.errors import UserError
 
@@ -83,7 +82,7 @@ def describe(source: Source, spec: str) -> Inventory:
   )
 
 
-def check_unchanged(file: pathlib.Path, found: Mapping[str, Inventory], accept: bool) -> None:
+def check_unchanged(file: storage.Path, found: Mapping[str, Inventory], accept: bool) -> None:
   """Checks that the data are those that `write` noted. Without the file there is nothing to check.
 
   Args:
@@ -122,7 +121,7 @@ def check_unchanged(file: pathlib.Path, found: Mapping[str, Inventory], accept: 
     log.warning("going on with changed data: %s", change)
 
 
-def write(file: pathlib.Path, found: Mapping[str, Inventory]) -> None:
+def write(file: storage.Path, found: Mapping[str, Inventory]) -> None:
   """Notes the data, by the config's key, for `check_unchanged`."""
   keys = ("spec", "images", "classes", "fingerprint")
   noted = {key: {k: getattr(data, k) for k in keys} for key, data in found.items()}

@@ -1,11 +1,10 @@
 """ArrayRecord files, whose records are read in any order. Images and tokens are kept in them."""
 
 import importlib
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from coda_jax import outputs
+from coda_jax import outputs, storage
 from coda_jax.errors import UserError
 
 
@@ -21,7 +20,7 @@ def _array_record() -> tuple[type, type]:
   return writer.ArrayRecordWriter, source.ArrayRecordDataSource
 
 
-def write(path: pathlib.Path, records: Iterable[bytes]) -> None:
+def write(path: storage.Path, records: Iterable[bytes]) -> None:
   """Writes a file, which appears when it is whole. A file that is there is replaced.
 
   Raises:
@@ -37,7 +36,7 @@ def write(path: pathlib.Path, records: Iterable[bytes]) -> None:
       writer.close()
 
 
-def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path, *, mend: str) -> Any:
+def read(files: Sequence[storage.Path], count: int, index: storage.Path, *, mend: str) -> Any:
   """The `count` records of some files: `records[i]`, `records.__getitems__([i, j])`, `len`.
 
   Args:
@@ -48,6 +47,7 @@ def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path, *, mend
     UserError: the package array-record is not installed; a file is missing or not whole, or they
       hold another number of records.
   """
+  storage.check_gs(index, "ArrayRecord files are read from a disk or from gs:// alone")
   _, source_type = _array_record()
   if missing := [str(f) for f in files if not f.is_file()]:
     raise UserError(f"{index} lists files that do not exist: {', '.join(missing)}; {mend}")
@@ -63,7 +63,7 @@ def read(files: Sequence[pathlib.Path], count: int, index: pathlib.Path, *, mend
   return records
 
 
-def _opens(source_type: type, file: pathlib.Path) -> bool:
+def _opens(source_type: type, file: storage.Path) -> bool:
   try:
     source_type([str(file)])
   except Exception:

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from coda_jax import outputs
+from coda_jax import outputs, storage
 from coda_jax.data import records
 from coda_jax.data.decode import UnreadableImage
 from coda_jax.data.folder import FolderSource, subfolders
@@ -79,7 +79,7 @@ class ArrayRecordSource:
   skipped: Mapping[str, int] = {}
 
   def __init__(self, path: str | os.PathLike, split: str | None = None):
-    path = pathlib.Path(path).expanduser()
+    path = storage.path(path)
     splits = sorted(f.stem for f in path.glob("*.json"))
     if not path.is_dir() or not splits:
       raise UserError(f"{path} is not a folder of ArrayRecord images: it holds no SPLIT.json")
@@ -102,7 +102,7 @@ class ArrayRecordSource:
     if not count:
       raise UserError(f"{index_file} lists no images")
     self._records = records.read(files, count, index_file, mend=f"restore it, or {_AGAIN}")
-    self._index = [index, [file.stat().st_size for file in files]]
+    self._index = [index, [storage.size(file) for file in files]]
     self._where = f"{path}@{split}"
 
   def __len__(self) -> int:
@@ -147,7 +147,7 @@ def write_arrayrecord(
   Raises:
     UserError: the split exists, an image cannot be read, or the folder cannot be written.
   """
-  path = pathlib.Path(path).expanduser()
+  path = storage.path(path)
   index_file = path / f"{split}.json"
   if index_file.exists():
     raise UserError(f"{index_file} exists; remove the split first or choose another name")

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import struct
 import threading
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from collections.abc import Mapping
 import grain
 import numpy as np
 
+from coda_jax import storage
 from coda_jax.data import records, rng
 from coda_jax.data.pipeline import local_size
 from coda_jax.errors import UserError
@@ -63,7 +63,7 @@ def unpack(record: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def read_manifest(path: str | os.PathLike) -> dict:
   """The manifest of a directory. Raises UserError if the directory holds no tokens."""
-  file = pathlib.Path(path).expanduser() / MANIFEST
+  file = storage.path(path) / MANIFEST
   if not file.is_file():
     raise UserError(f"{path} holds no tokens: no {MANIFEST}; `coda_jax.tokenize_dataset` makes it")
   try:
@@ -95,7 +95,7 @@ class TokenSource:
   skipped: Mapping[str, int] = {}
 
   def __init__(self, path: str | os.PathLike):
-    self.path, self.manifest = pathlib.Path(path).expanduser(), read_manifest(path)
+    self.path, self.manifest = storage.path(path), read_manifest(path)
     if not self.manifest["complete"]:
       raise UserError(f"{path} is unfinished: run the same `coda_jax.tokenize_dataset` again")
     self.class_names = tuple(self.manifest["class_names"])
@@ -124,7 +124,7 @@ class TokenSource:
     ids, labels = zip(*found, strict=True)
     return np.concatenate(ids), np.concatenate(labels)
 
-  def _first_damaged(self, rows) -> pathlib.Path:
+  def _first_damaged(self, rows) -> storage.Path:
     """The file that holds the first of some records that is not one."""
     ends = np.cumsum([-(-s["images"] // RECORD_IMAGES) for s in self._shards])
     for row in map(int, rows):

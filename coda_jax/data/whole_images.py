@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from coda_jax import storage
 from coda_jax.data import decode, metadata, sources
 from coda_jax.errors import UserError
 
@@ -25,9 +26,10 @@ def open_images(path: str) -> tuple[list[str], Callable[[int], bytes]]:
   Raises:
     UserError: there is nothing at `path`, or the spec cannot be opened.
   """
-  path = os.path.expanduser(path)
-  if os.path.isfile(path):
-    return [os.path.basename(path)], lambda _: pathlib.Path(path).read_bytes()
+  file = storage.path(path)
+  if file.is_file():
+    return [file.name], lambda _: file.read_bytes()
+  path = str(file)
   if not os.path.isdir(path) and not (":" in path or "@" in path):
     raise UserError(f"{path}: no such image file or folder")
   source = sources.open_source(f"folder:{path}" if os.path.isdir(path) else path)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import operator
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from coda_jax import arrays, weights
+from coda_jax import arrays, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
@@ -290,5 +289,5 @@ def load_generator(
     UserError: missing, damaged or foreign files, or models that do not fit each other.
   """
   model, fields = weights.load_generator_weights(path, dtype=dtype)
-  tokenizer = weights.load_tokenizer(pathlib.Path(path) / "tokenizer", dtype=dtype)
+  tokenizer = weights.load_tokenizer(storage.path(path) / "tokenizer", dtype=dtype)
   return cls(model, tokenizer, fields["class_names"], fields.get("order", "uniform"))

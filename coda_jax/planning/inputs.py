@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from coda_jax import config as c
-from coda_jax import weights
+from coda_jax import storage, weights
 from coda_jax.data import records, tokens
 from coda_jax.errors import UserError
 from coda_jax.models.dino import DINO
@@ -56,7 +56,7 @@ def vae_config(settings: c.TokenizerSettings) -> VAEConfig:
 
 
 def _is_there(path: str) -> bool:
-  return (pathlib.Path(path).expanduser() / "config.json").is_file()
+  return (storage.path(path) / "config.json").is_file()
 
 
 def _write(path: pathlib.Path, kind: str, fields: Mapping, make: Callable[[], nnx.Module]) -> str:
@@ -120,7 +120,7 @@ def _for_generator(
     made = TokenizerConfig(vae_config(t), t.quantizer, t.lora, t.image_size)
     make = lambda: Tokenizer(made, rngs=nnx.Rngs(0))
     where = _write(folder / "tokenizer", "tokenizer", dataclasses.asdict(made), make)
-  fields, path = weights.read_config(where, "tokenizer"), pathlib.Path(data.train).expanduser()
+  fields, path = weights.read_config(where, "tokenizer"), storage.path(data.train)
   if (path / tokens.MANIFEST).is_file():
     names = tokens.read_manifest(path)["class_names"]
   else:

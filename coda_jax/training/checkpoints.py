@@ -9,7 +9,6 @@ import contextlib
 import logging
 import math
 import os
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
+from coda_jax import storage
 from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
 
@@ -37,7 +37,7 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike, settings: CheckpointSettings):
     self._kept = _Kept(settings)
-    self.directory = pathlib.Path(directory).absolute()
+    self.directory = storage.absolute(storage.path(directory))
     self._saving = None
     with self._readable_errors("open"):
       self._checkpointer = _training.Checkpointer(

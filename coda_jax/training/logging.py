@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import secrets
 import sys
 import time
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
+from coda_jax import storage
 from coda_jax.config import LoggingSettings
 from coda_jax.errors import UserError
 from coda_jax.outputs import write_text
@@ -45,16 +45,16 @@ class Metrics:
   ):
     self._active = jax.process_index() == 0
     self._tensorboard = self._wandb = None
-    path = pathlib.Path(workdir) / METRICS_FILE
-    kept = [r for r in read_metrics(workdir) if r["step"] <= step] if path.exists() else []
-    self._records = kept
+    self._records = kept = [r for r in read_metrics(workdir) if r["step"] <= step]
     if not self._active:
       return
+    self._spool = storage.Spool(storage.path(workdir))
+    path = self._spool.folder / METRICS_FILE
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     if settings.tensorboard:
       from tensorboardX import SummaryWriter
 
-      self._tensorboard = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step)
+      self._tensorboard = SummaryWriter(str(self._spool.folder / "tensorboard"), purge_step=step)
     if settings.wandb_project:
       self._wandb = _start_wandb(settings.wandb_project, workdir, config)
     self._file = path.open("a")
@@ -77,8 +77,10 @@ class Metrics:
     if self._tensorboard:
       for name, value in flat.items():
         self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+      self._tensorboard.flush()
     if self._wandb:
       self._wandb.log({f"{kind}/{k}": v for k, v in flat.items()}, step=step)
+    self._spool.push()
 
   def close(self) -> None:
     """Flushes and closes all writers."""
@@ -90,6 +92,7 @@ class Metrics:
       self._tensorboard.close()
     if self._wandb:
       self._wandb.finish()
+    self._spool.close()
 
 
 def _start_wandb(project: str, workdir, config: Mapping):
@@ -99,7 +102,8 @@ def _start_wandb(project: str, workdir, config: Mapping):
     raise UserError(
       f"config.logging.wandb_project={project}: wandb is not installed (pip install wandb)"
     ) from e
-  name, file = pathlib.Path(workdir).absolute().name, pathlib.Path(workdir) / WANDB_FILE
+  folder = storage.absolute(storage.path(workdir))
+  name, file = folder.name, folder / WANDB_FILE
   if not file.exists():
     write_text(file, secrets.token_hex(8) + "\n")
   run = file.read_text().strip()  # a run that is continued keeps its id
@@ -120,7 +124,7 @@ def flatten(values: Mapping[str, float | np.ndarray]) -> dict[str, float]:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   """The records of `metrics.jsonl`, if there is one; a last line cut off by a kill is left out."""
-  records, file = [], pathlib.Path(workdir) / METRICS_FILE
+  records, file = [], storage.path(workdir) / METRICS_FILE
   for line in file.read_text().splitlines() if file.is_file() else ():
     try:
       records.append(json.loads(line))

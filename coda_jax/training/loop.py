@@ -4,7 +4,6 @@ import collections
 import contextlib
 import logging
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from coda_jax import storage
 from coda_jax.config import CheckpointSettings, LoggingSettings
 from coda_jax.errors import UserError, describe
 from coda_jax.evaluation.metrics import short_line
@@ -48,7 +48,7 @@ def run(
     KeyboardInterrupt: Ctrl-C stopped it (saved).
     UserError: a metric is not finite, or a checkpoint cannot be saved or read.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.path(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(trainer.mesh))
     enter = lambda closable: stack.enter_context(contextlib.closing(closable))

@@ -1,7 +1,6 @@
 """Trains a MaskGIT on the tokens of a tokenizer (paper, section 4.1)."""
 
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx, struct
 
-from coda_jax import arrays, sharding, weights
+from coda_jax import arrays, sharding, storage, weights
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import MaskGITTrainConfig
 from coda_jax.data import tokens
@@ -231,7 +230,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       for i, x in enumerate(values, 1)
     }
 
-  def export(self, state: GeneratorState, workdir: pathlib.Path) -> None:
+  def export(self, state: GeneratorState, workdir: storage.Path) -> None:
     """Writes the generator with the averaged weights to `workdir`/generator."""
     ema, codes = sharding.gather((state.ema, self._frozen["codes"]), self.mesh)
     if jax.process_index() == 0:

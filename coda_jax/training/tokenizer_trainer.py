@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx, struct
 
-from coda_jax import arrays, sharding, weights
+from coda_jax import arrays, sharding, storage, weights
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
@@ -357,7 +356,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     lpips = None if lpips is None else arrays.merge(lpips, frozen["lpips"])
     return reconstruct_batch(tokenizer, pipeline.normalize(images), lpips)
 
-  def export(self, state: TrainState, workdir: pathlib.Path) -> None:
+  def export(self, state: TrainState, workdir: storage.Path) -> None:
     """Writes the tokenizer with the averaged weights to `workdir`/tokenizer."""
     ema, frozen = sharding.gather((state.ema, self._frozen["tokenizer"]), self.mesh)
     if jax.process_index() == 0:

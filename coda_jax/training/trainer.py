@@ -2,14 +2,13 @@
 
 import abc
 import enum
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 
-from coda_jax import sharding
+from coda_jax import sharding, storage
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.data.inventory import Inventory
 from coda_jax.training import checkpoints
@@ -114,7 +113,7 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     """Metrics of the averaged weights on held-out data; {} without any."""
 
   @abc.abstractmethod
-  def export(self, state: State, workdir: pathlib.Path) -> None:
+  def export(self, state: State, workdir: storage.Path) -> None:
     """Writes the averaged weights to `workdir`/`product`; a collective."""
 
   # And has these from here.

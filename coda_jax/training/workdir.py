@@ -8,11 +8,10 @@ tokenizer/ or generator/     the result
 """
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from coda_jax import config, outputs
+from coda_jax import config, outputs, storage
 from coda_jax.data import inventory
 from coda_jax.data.inventory import Inventory
 from coda_jax.errors import UserError
@@ -25,7 +24,7 @@ PARAMETERS = "parameters.txt"
 _RECORDS = (METRICS_FILE, PARAMETERS, DATA)
 
 
-def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
+def check(workdir: storage.Path, settings: Any, product: str) -> None:
   """Checks that a run with `settings` may be in `workdir`.
 
   A folder without checkpoints protects no config: a first try that failed leaves it usable.
@@ -38,6 +37,7 @@ def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
   Raises:
     UserError: it holds a run with another config, or something that is no run and would be lost.
   """
+  storage.check_gs(workdir, "checkpoints are written to a disk or to gs:// alone")
   file, checkpoints, result = workdir / CONFIG, workdir / CHECKPOINTS, workdir / product
   saved = _steps(workdir)
   theirs = _read(file) or _read(checkpoints / CONFIG)
@@ -58,7 +58,7 @@ def check(workdir: pathlib.Path, settings: Any, product: str) -> None:
   outputs.check_output(result, product, overwrite=True)
 
 
-def _read(file: pathlib.Path) -> dict | None:
+def _read(file: storage.Path) -> dict | None:
   """The config of a run, or None if the file holds none."""
   try:
     fields = json.loads(file.read_text())
@@ -69,11 +69,11 @@ def _read(file: pathlib.Path) -> dict | None:
   )
 
 
-def _holds_something(path: pathlib.Path) -> bool:
-  return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+def _holds_something(path: storage.Path) -> bool:
+  return any(path.iterdir()) if path.is_dir() else path.exists() and storage.size(path) > 0
 
 
-def check_data(workdir: pathlib.Path, found: Mapping[str, Inventory], accept: bool) -> None:
+def check_data(workdir: storage.Path, found: Mapping[str, Inventory], accept: bool) -> None:
   """Checks that a run with checkpoints goes on with the data with which it began.
 
   Args:
@@ -87,11 +87,11 @@ def check_data(workdir: pathlib.Path, found: Mapping[str, Inventory], accept: bo
     inventory.check_unchanged(workdir / DATA, found, accept)
 
 
-def _steps(workdir: pathlib.Path) -> list[pathlib.Path]:
+def _steps(workdir: storage.Path) -> list[storage.Path]:
   return [p for p in (workdir / CHECKPOINTS).glob("*") if p.name.isdigit()]
 
 
-def claim(workdir: pathlib.Path, fields: dict, found: Mapping[str, Inventory]) -> None:
+def claim(workdir: storage.Path, fields: dict, found: Mapping[str, Inventory]) -> None:
   """Writes config and data to the folder of a run whose data and networks were found."""
   text = json.dumps(fields, indent=2) + "\n"
   (workdir / CHECKPOINTS).mkdir(exist_ok=True)
