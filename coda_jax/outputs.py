@@ -10,17 +10,12 @@ is an object that its holder renews.
 """
 
 import contextlib
-import datetime
 import json
 import logging
 import os
 import pathlib
-import secrets
 import shutil
-import signal
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 
@@ -38,7 +33,6 @@ log = logging.getLogger("coda_jax")
 MARKER = ".coda_jax.json"  # says which command wrote a directory, and lists its files
 LOCK = ".lock"
 WEIGHTS = ("config.json", "model.safetensors")  # a directory of weights is its own marker
-_RENEWED, _EXPIRED, _SETTLED = 15.0, 60.0, 1.0  # seconds; see `_leased`
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
@@ -230,7 +224,7 @@ def held(file: storage.Path) -> Iterator[str | None]:
   """Holds a lock file while the block runs, unless another process holds it.
 
   The lock is the operating system's (`flock`): it ends with its process, however that ends, and
-  network file systems pass it on to other machines. For an object store see `_leased`.
+  network file systems pass it on to other machines. For an object store see `storage.leased`.
 
   Args:
     file: in a folder that exists; it is there as long as somebody holds it.
@@ -242,7 +236,7 @@ def held(file: storage.Path) -> Iterator[str | None]:
     OSError: the file cannot be written. A store raises what it likes.
   """
   if not isinstance(file, pathlib.Path):
-    with _leased(file) as holder:
+    with storage.leased(file) as holder:
       yield holder
     return
   while True:
@@ -264,7 +258,7 @@ def held(file: storage.Path) -> Iterator[str | None]:
     handle.close()  # its holder ended and removed it meanwhile
   try:
     handle.truncate(0)
-    handle.write(f"{_this_process()}\n")
+    handle.write(f"{storage.this_process()}\n")
     handle.flush()
     yield None
   finally:
@@ -289,7 +283,7 @@ def locked(
   """
   pause, told = 0.1, not wait and isinstance(folder, pathlib.Path)
   if not isinstance(folder, pathlib.Path):
-    wait, pause = max(wait, _EXPIRED + 2 * _SETTLED), _SETTLED
+    wait, pause = max(wait, storage.EXPIRED + 2 * storage.SETTLED), storage.SETTLED
   end = time.monotonic() + wait
   with contextlib.ExitStack() as stack:
     try:
@@ -308,58 +302,3 @@ def locked(
       reason = getattr(e, "strerror", None) or one_line(e) or type(e).__name__
       raise UserError(f"{option}={folder} cannot be written: {reason}") from e
     yield
-
-
-def _this_process() -> str:
-  started = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
-  return f"process {os.getpid()} on {socket.gethostname()} since {started}"
-
-
-@contextlib.contextmanager
-def _leased(file: epath.Path) -> Iterator[str | None]:
-  """`held` in an object store: an object that its holder writes anew every `_RENEWED` seconds.
-
-  A killed process leaves it. It counts no more when it was not renewed for `_EXPIRED` seconds. Of
-  two that write it at once the later one has it, which both see after `_SETTLED` seconds. A holder
-  that could not renew it in time and finds another one's stops by SIGTERM.
-  """
-  key, me = secrets.token_hex(8), _this_process()
-
-  def write() -> None:
-    write_text(file, json.dumps({"holder": me, "key": key, "renewed": time.time()}))
-
-  def read() -> dict:
-    try:
-      return json.loads(file.read_text())
-    except FileNotFoundError:
-      return {}
-
-  there = read()
-  if not there or time.time() - there["renewed"] >= _EXPIRED:
-    write()
-    time.sleep(_SETTLED)
-    there = read()
-  if there.get("key") != key:
-    yield there.get("holder", "another process")
-    return
-  ended = threading.Event()
-
-  def renew() -> None:
-    while not ended.wait(_RENEWED):
-      with contextlib.suppress(Exception):  # the next round tries again
-        if (there := read()).get("key", key) != key:
-          log.error("%s was taken by %s", file, there["holder"])
-          os.kill(os.getpid(), signal.SIGTERM)
-          return
-        write()
-
-  renewing = threading.Thread(target=renew, daemon=True)
-  renewing.start()
-  try:
-    yield None
-  finally:
-    ended.set()
-    renewing.join()
-    with contextlib.suppress(Exception):
-      if read().get("key") == key:
-        file.unlink()

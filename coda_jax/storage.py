@@ -8,12 +8,19 @@ more than the beginning of names.
 
 import concurrent.futures
 import contextlib
+import datetime
+import json
 import logging
 import os
 import pathlib
 import re
+import secrets
 import shutil
+import signal
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 
 import fsspec
@@ -28,6 +35,7 @@ log = logging.getLogger("coda_jax")
 Path = pathlib.Path | epath.Path  # on a disk, or in an object store
 
 _PACKAGES = {"gs": "coda_jax[gcs]", "s3": "s3fs", "az": "adlfs"}
+RENEWED, EXPIRED, SETTLED = 15.0, 60.0, 1.0  # seconds; see `leased`
 _FSSPEC = {"az": "abfs"}  # where fsspec has another name for it
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # it takes TensorFlow where that is installed
@@ -172,3 +180,61 @@ class Spool:
       log.warning("%s: records wait in %s: %s", self._given, self.folder, one_line(e))
       return False
     return True
+
+
+def this_process() -> str:
+  """Which process this is, for whom it keeps waiting."""
+  started = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
+  return f"process {os.getpid()} on {socket.gethostname()} since {started}"
+
+
+@contextlib.contextmanager
+def leased(file: epath.Path) -> Iterator[str | None]:
+  """`outputs.held` in a store: an object that its holder writes anew every `RENEWED` seconds.
+
+  A killed process leaves it. It counts no more when it was not renewed for `EXPIRED` seconds. Of
+  two that write it at once the later one has it, which both see after `SETTLED` seconds. A holder
+  that could not renew it in time and finds another one's stops by SIGTERM.
+  """
+  key, me = secrets.token_hex(8), this_process()
+
+  def write() -> None:
+    text = json.dumps({"holder": me, "key": key, "renewed": time.time()})
+    system, target = fsspec.core.url_to_fs(str(file))
+    system.pipe_file(target, text.encode())
+
+  def read() -> dict:
+    try:
+      return json.loads(file.read_text())
+    except FileNotFoundError:
+      return {}
+
+  there = read()
+  if not there or time.time() - there["renewed"] >= EXPIRED:
+    write()
+    time.sleep(SETTLED)
+    there = read()
+  if there.get("key") != key:
+    yield there.get("holder", "another process")
+    return
+  ended = threading.Event()
+
+  def renew() -> None:
+    while not ended.wait(RENEWED):
+      with contextlib.suppress(Exception):  # the next round tries again
+        if (there := read()).get("key", key) != key:
+          log.error("%s was taken by %s", file, there["holder"])
+          os.kill(os.getpid(), signal.SIGTERM)
+          return
+        write()
+
+  renewing = threading.Thread(target=renew, daemon=True)
+  renewing.start()
+  try:
+    yield None
+  finally:
+    ended.set()
+    renewing.join()
+    with contextlib.suppress(Exception):
+      if read().get("key") == key:
+        file.unlink()

@@ -33,7 +33,8 @@ def bucket(monkeypatch):
     monkeypatch.setitem(_registry, name, stores.MemoryStore)
   backend.fsspec_backend._get_filesystem.cache_clear()
   stores.MemoryStore.store.clear()
-  monkeypatch.setattr(outputs, "_SETTLED", 0.05)
+  monkeypatch.setattr(storage, "SETTLED", 0.05)
+  monkeypatch.setattr(storage, "EXPIRED", 0.3)
   yield storage.path("gs://bucket")
   backend.fsspec_backend._get_filesystem.cache_clear()
 
@@ -145,7 +146,7 @@ def test_an_upload_cut_short_is_incomplete_and_can_be_repeated(bucket, monkeypat
 
 
 def test_a_folder_is_held_by_one_process(bucket, monkeypatch):
-  monkeypatch.setattr(outputs, "_RENEWED", 0.02)
+  monkeypatch.setattr(storage, "RENEWED", 0.02)
   with outputs.locked(bucket, "--workdir"):
     with pytest.raises(UserError, match=f"gs://bucket is in use by process {os.getpid()} on"):
       with outputs.locked(bucket):
@@ -158,16 +159,19 @@ def test_a_folder_is_held_by_one_process(bucket, monkeypatch):
   with outputs.locked(bucket):
     ended.join()
   # A killed process renews it no more.
-  monkeypatch.setattr(outputs, "_EXPIRED", 0.2)
   outputs.write_text(bucket / outputs.LOCK, json.dumps(lock | {"renewed": time.time()}))
   began = time.monotonic()
   with outputs.locked(bucket):
     assert time.monotonic() - began > 0.2
+  lock["renewed"] = 0.0  # it expired long ago
+  outputs.write_text(bucket / outputs.LOCK, json.dumps(lock))
+  with outputs.held(bucket / outputs.LOCK) as holder:
+    assert holder is None
   assert storage.files(bucket) == []
 
 
 def test_who_lost_a_folder_stops(bucket, monkeypatch, caplog):
-  monkeypatch.setattr(outputs, "_RENEWED", 0.02)
+  monkeypatch.setattr(storage, "RENEWED", 0.02)
   stopped = threading.Event()
   before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
   lock = json.dumps({"holder": "process 1 on other", "key": "a", "renewed": time.time()})
@@ -177,7 +181,7 @@ def test_who_lost_a_folder_stops(bucket, monkeypatch, caplog):
       assert stopped.wait(10)
   finally:
     signal.signal(signal.SIGTERM, before)
-  assert "in use by process 1 on other" in caplog.text
+  assert "gs://bucket/.lock was taken by process 1 on other" in caplog.text
   assert (bucket / outputs.LOCK).read_text() == lock
 
 
@@ -185,7 +189,7 @@ def test_a_store_that_cannot_be_written_is_named(bucket, monkeypatch):
   def refused(*_):
     raise PermissionError("Forbidden: 403")
 
-  monkeypatch.setattr(storage, "upload", refused)
+  monkeypatch.setattr(stores.MemoryStore, "pipe_file", refused)
   with pytest.raises(UserError, match="--workdir=gs://bucket cannot be written: Forbidden: 403"):
     with outputs.locked(bucket, "--workdir"):
       pass
