@@ -155,7 +155,7 @@ def test_normal_run(cloud):
   assert cloud.starts(0) == cloud.starts(1) == ["--workdir=gs://b/run"]
   assert all("--worker=all" in c for c in cloud.calls("tpu-vm ssh") + cloud.calls("tpu-vm scp"))
   uv = (cloud.folder / "uv.log").read_text()
-  assert "venv --python 3.12" in uv and "/coda_jax[tpu]" in uv
+  assert "venv --python 3.12" in uv and "/coda_jax[tpu,gcs]" in uv
   assert not cloud.calls("delete")
 
 
