@@ -25,7 +25,7 @@ _NOT_READ = frozenset(
 LOOK_LIKE_IMAGES = _BY_PLUGIN | _NOT_READ  # where they are skipped
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 _TRAIN = ("train", "training")
-_SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
+SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
 _SHOWN = 3
 _ONLY_ON_DISK = (
   "image folders are read from a disk alone; mount the bucket, or copy the images by "
@@ -51,7 +51,7 @@ def _extension(name: str) -> str:
   return os.path.splitext(name)[1].lower()
 
 
-def _files(
+def files_below(
   folder: str, *, ordered: bool, seen: set[tuple[int, int]] | None = None
 ) -> Iterator[os.DirEntry[str]]:
   """All files in `folder` and below that are not hidden; `seen` guards against circular links."""
@@ -65,7 +65,7 @@ def _files(
       if _is_passed_over(entry.name):
         continue
       if entry.is_dir():
-        yield from _files(entry.path, ordered=ordered, seen=seen)
+        yield from files_below(entry.path, ordered=ordered, seen=seen)
       else:
         yield entry
 
@@ -76,11 +76,11 @@ def _classes_in(folder: pathlib.Path, names: Collection[str] | None = None) -> l
   return [
     name
     for name in (subfolders(folder) if names is None else names)
-    if any(_extension(e.name) in extensions for e in _files(str(folder / name), ordered=False))
+    if any(_extension(e.name) in extensions for e in files_below(str(folder / name), ordered=False))
   ]
 
 
-def _few(names: Collection[str]) -> str:
+def few(names: Collection[str]) -> str:
   shown = ", ".join(list(names)[:_SHOWN])
   return f"{shown}, ... ({len(names)})" if len(names) > _SHOWN else shown
 
@@ -138,7 +138,7 @@ class FolderSource:
     flat = sorted(e.path for e in top if is_image(e))
     by_class = {}
     for name in subs:
-      files = [e.path for e in _files(str(root / name), ordered=True) if is_image(e)]
+      files = [e.path for e in files_below(str(root / name), ordered=True) if is_image(e)]
       if files:
         by_class[name] = files
     self.skipped = dict(skipped.most_common())
@@ -190,7 +190,7 @@ class FolderSource:
 
 def _check_no_splits(root: pathlib.Path, subs: list[str], split: str | None) -> None:
   """Raises UserError if `root` holds splits: two of them, or splits alone where none is named."""
-  named = [s for known in _SPLITS for s in subs if s.lower() == known]
+  named = [s for known in SPLITS for s in subs if s.lower() == known]
   splits = _classes_in(root, named)
   others = [s for s in subs if s not in named]
   alone = split is None and splits and not _classes_in(root, others)
@@ -204,13 +204,13 @@ def _class_names(root: pathlib.Path, split: str | None, own: Collection[str]) ->
   """What the labels of the split in `root`, whose class folders are `own`, number."""
   if split is None or split.lower() in _TRAIN:
     return sorted(own)
-  beside = [root.parent / name for name in subfolders(root.parent) if name.lower() in _SPLITS]
+  beside = [root.parent / name for name in subfolders(root.parent) if name.lower() in SPLITS]
   for train in beside:
     if train.name.lower() in _TRAIN and (known := _classes_in(train)):
       if unknown := sorted({*own} - {*known}):
         raise UserError(
-          f"image folder {root} has classes that {train} lacks: {_few(unknown)}; those of"
-          f" {train.name}: {_few(known)}. Sort its images into folders of those names, or name a"
+          f"image folder {root} has classes that {train} lacks: {few(unknown)}; those of"
+          f" {train.name}: {few(known)}. Sort its images into folders of those names, or name a"
           " folder of images alone, which has no labels"
         )
       return known

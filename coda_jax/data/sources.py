@@ -7,6 +7,8 @@ that worker processes get a copy.
   folder:PATH@train           PATH/train/<class>/*.jpg
   folder:PATH                 PATH/*.jpg (no labels: -1) or PATH/<class>/*.jpg
   tfds:NAME@validation        a TFDS dataset prepared as array_record, or the folder it lies in
+  parquet:PATH@train          PATH/train-00000-of-00294.parquet, PATH/data/train-..., or alike
+  webdataset:PATH@train       tar shards, PATH/train-0000.tar
   arrayrecord:PATH@train      what `write_arrayrecord` made
   embedded@val                the photos in the repository's assets/photos/val
 
@@ -25,8 +27,10 @@ from coda_jax import outputs, storage
 from coda_jax.data import records
 from coda_jax.data.decode import UnreadableImage
 from coda_jax.data.folder import FolderSource, subfolders
+from coda_jax.data.parquet import ParquetSource
 from coda_jax.data.records import first_line
 from coda_jax.data.tfds import TfdsSource
+from coda_jax.data.webdataset import WebDatasetSource
 from coda_jax.errors import UserError
 
 EMBEDDED_PHOTOS = pathlib.Path(__file__).parents[2] / "assets" / "photos"
@@ -191,30 +195,21 @@ def _open_embedded(path: str, split: str | None) -> ImageSource:
   return FolderSource(EMBEDDED_PHOTOS, split)
 
 
-def _open_folder(path: str, split: str | None) -> ImageSource:
-  if not path:
-    raise UserError("folder: names no path; write folder:PATH@train or folder:PATH")
-  return FolderSource(path, split)
-
-
 def _open_tfds(path: str, split: str | None) -> ImageSource:
   if not path or split is None:
     raise UserError("tfds: needs a dataset and a split, e.g. tfds:imagenet2012@validation")
   return TfdsSource(path, split)
 
 
-def _open_arrayrecord(path: str, split: str | None) -> ImageSource:
-  if not path:
-    raise UserError("arrayrecord: names no path; write arrayrecord:PATH@train")
-  return ArrayRecordSource(path, split)
-
-
 _SCHEMES = {
-  "folder": _open_folder,
+  "folder": FolderSource,
+  "parquet": ParquetSource,
+  "webdataset": WebDatasetSource,
+  "arrayrecord": ArrayRecordSource,
   "tfds": _open_tfds,
-  "arrayrecord": _open_arrayrecord,
   "embedded": _open_embedded,
 }
+_WITH_PATH = ("folder", "parquet", "webdataset", "arrayrecord")
 
 
 def _parse(spec: str) -> tuple[str, str, str | None]:
@@ -224,7 +219,8 @@ def _parse(spec: str) -> tuple[str, str, str | None]:
     scheme, at, split = spec.partition("@")
     return scheme, "", split if at else None
   path, at, split = rest.rpartition("@")
-  if not at or "/" in split or (scheme == "folder" and os.path.isdir(os.path.expanduser(rest))):
+  whole = scheme in _WITH_PATH and os.path.exists(os.path.expanduser(rest))
+  if not at or "/" in split or whole:
     return scheme, rest, None  # the @ is part of the path
   return scheme, path, split
 
@@ -248,8 +244,11 @@ def open_source(spec: str) -> ImageSource:
   if scheme not in _SCHEMES:
     raise UserError(
       f"data spec {spec!r} is unknown; it must be folder:PATH@SPLIT, folder:PATH,"
-      " tfds:NAME@SPLIT, arrayrecord:PATH@SPLIT or embedded@SPLIT"
+      " parquet:PATH@SPLIT, webdataset:PATH@SPLIT, tfds:NAME@SPLIT, arrayrecord:PATH@SPLIT or"
+      " embedded@SPLIT"
     )
   if split == "":
     raise UserError(f"data spec {spec!r} names no split after the @")
+  if scheme in _WITH_PATH and not path:
+    raise UserError(f"{scheme}: names no path; write {scheme}:PATH@train")
   return _SCHEMES[scheme](path, split)
