@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
   config = tokenizer.config.vae
   if args.image_size:
     config.latent_size(args.image_size, args.image_size)
-  source = WholeImages(args.images, names, read, config.downsampling, args.image_size, args.crop)
+  source = WholeImages(args.images, names, read, config.stride, args.image_size, args.crop)
   sizes = source.sizes()
   smallest = min(itertools.chain(*sizes), default=_SMALLEST_FOR_LPIPS)
 

@@ -44,6 +44,8 @@ Tok = typing.TypeVar("Tok", bound=Tokenizer)
 
 # Settings of training or of speed: they decide neither ids nor pixels.
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
+# Fields that came later count where they are not what was so before them.
+_LATER = {"norm_patch": 0}
 
 
 def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
@@ -123,7 +125,8 @@ def fingerprint(fields: Mapping, flat: Arrays) -> str:
 
   def relevant(node):
     if isinstance(node, Mapping):
-      return {k: relevant(v) for k, v in node.items() if k not in _NOT_IN_FINGERPRINT}
+      kept = {k: v for k, v in node.items() if not (k in _LATER and v == _LATER[k])}
+      return {k: relevant(v) for k, v in kept.items() if k not in _NOT_IN_FINGERPRINT}
     return node
 
   digest = hashlib.sha256(json.dumps(relevant(fields), sort_keys=True).encode())
@@ -242,7 +245,7 @@ def save_vae(vae: AutoencoderKL, path: Path) -> None:
 
 
 def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[VAE] = AutoencoderKL) -> VAE:
-  """The VAE that `python -m convert mar-vae` or `flux-vae` wrote to `path`.
+  """The VAE that `python -m convert mar-vae`, `flux-vae` or alike wrote to `path`.
 
   Args:
     dtype: of the computation.

@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
   vaes = [
     add("mar-vae", "FILE", "MAR's KL-16 VAE (kl16.safetensors), or one like it of any size"),
     add("flux-vae", "PATH", "FLUX's VAE: the diffusers folder or its file, or ae.safetensors"),
+    add("flux2-vae", "PATH", "FLUX.2's VAE, in the same layouts"),
+    add("sd-vae", "PATH", "Stable Diffusion's VAE (1, 2, XL): diffusers' folder, or a single file"),
+    add("sd3-vae", "PATH", "Stable Diffusion 3's VAE: the diffusers folder, or a single file"),
   ]
   codas = [
     add(

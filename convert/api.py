@@ -1,6 +1,7 @@
 """Published checkpoints to our directories and back, for Python; `__main__` is the command."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from coda_jax.models.clip_text import CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.models.vae import VAEConfig
+from coda_jax.models.vae import SD_VAE, VAEConfig
 
 from . import coda, files, pickle, reading, rules
 from .reading import Flat, State
 
+_log = logging.getLogger("coda_jax")
 Path = str | os.PathLike
 
 
@@ -92,10 +94,17 @@ def convert(
     weights.write_directory(output, "lpips", {}, flat)
     return
   paths = [p for i in inputs for p in files.find(layout, i, ema)]
-  if layout == "flux-vae":
+  if layout.endswith("-vae") and layout != "mar-vae":
     options = {**files.diffusers_options(paths[0]), **options}
   elif layout == "clip-text":
     options = {**files.clip_text_options(paths[0]), **options}
+  if layout == "sd-vae" and "scale" not in options:
+    _log.info(
+      "%s: no config.json tells the scale; took %g, of Stable Diffusion 1 and 2. SDXL's is 0.13025"
+      " (--scale 0.13025)",
+      paths[0],
+      SD_VAE.scale,
+    )
   states = [(str(p), files.read(p)) for p in paths]
   config, flat = reading.read(layout, states, ema=ema, **options)
   kind, fields = _described(config)
@@ -115,6 +124,8 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   config = weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
   if not config.quantizer.lookup_class.in_official_code:
     raise UserError(f"{tokenizer}: the official code has no {config.quantizer.lookup} look-up")
+  if config.vae.norm_patch:
+    raise UserError(f"{tokenizer}: the official code does not normalise latents by patches")
   family = reading.MAR if config.vae.quant_conv else reading.FLUX
   flat = files.read(tokenizer / "model.safetensors")
   expected = weights.expected_shapes(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))

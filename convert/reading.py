@@ -17,18 +17,20 @@ from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.quantizer import FLUX_PATCH_SIZES, MAR_PATCH_SIZES, QuantizerConfig
 from coda_jax.models.tokenizer import TokenizerConfig
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
+from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD3_VAE, SD_VAE, VAEConfig
 
 from . import (
   clip_text,
   coda,
   dino,
+  flux2_vae,
   flux_vae,
   inception,
   lpips,
   mar_vae,
   relatives,
   rules,
+  sd_vae,
   shapes,
   unwrapping,
 )
@@ -45,12 +47,23 @@ class Family:
 
   layouts: tuple[Layout, ...]
   default: VAEConfig
-  patch_sizes: tuple[int, ...]
+  patch_sizes: tuple[int, ...] = FLUX_PATCH_SIZES
 
 
 MAR = Family((mar_vae.LAYOUT,), MAR_VAE, MAR_PATCH_SIZES)
-FLUX = Family((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE, FLUX_PATCH_SIZES)
-_FAMILIES = {"mar-vae": MAR, "flux-vae": FLUX, "coda-mar": MAR, "coda-flux": FLUX}
+FLUX = Family((flux_vae.DIFFUSERS, flux_vae.SINGLE_FILE), FLUX_VAE)
+SD = Family((sd_vae.DIFFUSERS, sd_vae.LDM), SD_VAE)
+SD3 = Family(FLUX.layouts, SD3_VAE)
+FLUX2 = Family((flux2_vae.DIFFUSERS, flux2_vae.SINGLE_FILE), FLUX2_VAE)
+_FAMILIES = {
+  "mar-vae": MAR,
+  "flux-vae": FLUX,
+  "sd-vae": SD,
+  "sd3-vae": SD3,
+  "flux2-vae": FLUX2,
+  "coda-mar": MAR,
+  "coda-flux": FLUX,
+}
 _FROZEN: dict[str, tuple[Layout, Callable[[], nnx.Module]]] = {
   "dino": (dino.LAYOUT, DINO),
   "inception": (inception.LAYOUT, Inception),
@@ -127,7 +140,7 @@ def read_vae(
   def describe(found):
     config = shapes.vae_config(
       found,
-      quant_conv=family.default.quant_conv,
+      family.default,
       scale=family.default.scale if scale is None else scale,
       shift=family.default.shift if shift is None else shift,
       norm_groups=norm_groups,
@@ -138,9 +151,9 @@ def read_vae(
   (config, adapters), entries = _fit(layout, family.layouts, state, where, describe, ema)
   z, usual = config.z_channels, family.default.z_channels
   if scale is None and z != usual and not lora:
-    known = f" {relatives.STABLE_DIFFUSION} is not supported as it is." if z == 4 else ""
+    hint = relatives.hint({e.key: e.array.shape for e in entries.values()}, layout)
     raise UserError(
-      f"{where} has {z} latent channels, {family.layouts[0].title} has {usual}.{known} "
+      f"{where} has {z} latent channels, {family.layouts[0].title} has {usual}{hint}. "
       "The published scale is not that of its latents: give --scale and --shift"
     )
   return config, adapters, entries

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 Shapes = Mapping[str, tuple[int, ...]]  # by the file's own keys
 
 SUPPORTED = (
-  "supported are MAR's KL-16 (mar-vae), FLUX.1's VAE (flux-vae), CODA's tokenizers (coda-mar, "
-  "coda-flux), DINO ViT-S/16 (dino), FID's Inception (inception) and LPIPS with VGG16 (lpips)"
+  "supported are MAR's KL-16 (mar-vae), the VAEs of FLUX.1 (flux-vae), FLUX.2 (flux2-vae), Stable "
+  "Diffusion 1, 2 and XL (sd-vae) and 3 (sd3-vae), CODA's tokenizers (coda-mar, coda-flux), DINO "
+  "ViT-S/16 (dino), FID's Inception (inception) and LPIPS with VGG16 (lpips)"
 )
-STABLE_DIFFUSION = "Stable Diffusion's VAE"
 _DIFFUSERS = r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\..*"
 _LDM = r"(encoder\.down|decoder\.up)\.\d+\.block\..*"
 _QUANT_CONV = r"(post_)?quant_conv\..*"
+_PATCH_NORM = r"bn\.running_(mean|var)|encoder\.quant_conv\..*|decoder\.post_quant_conv\..*"
 
 
 def latent_channels(shapes: Shapes) -> int:
@@ -24,19 +25,6 @@ def latent_channels(shapes: Shapes) -> int:
   votes = [shapes[k][0] // 2 for k in _keys(shapes, r"encoder\.conv_out\.\w+") if shapes[k]]
   votes += [s[1] for k in _keys(shapes, r"decoder\.conv_in\.weight") if len(s := shapes[k]) > 1]
   return max(votes, key=votes.count, default=0)
-
-
-def _in_diffusers_layout(shapes: Shapes) -> str:
-  if not (_keys(shapes, _DIFFUSERS) and _keys(shapes, _QUANT_CONV)):
-    return ""
-  channels = latent_channels(shapes)
-  name = {4: STABLE_DIFFUSION, 32: "FLUX.2's VAE"}.get(channels, "a VAE with quant_conv")
-  return f"{name} ({channels} latent channels) as diffusers keeps it"
-
-
-def _in_ldms_layout(shapes: Shapes) -> str:
-  known = _keys(shapes, _LDM) and _keys(shapes, _QUANT_CONV) and latent_channels(shapes) == 4
-  return f"{STABLE_DIFFUSION} (4 latent channels)" if known else ""
 
 
 def _vit(shapes: Shapes) -> str:
@@ -62,9 +50,6 @@ def _has(name: str, pattern: str, ndim: int | None = None) -> Callable[[Shapes],
 _RELATIVES: tuple[Callable[[Shapes], str], ...] = (
   _has("a VAE with a codebook of its own (VQ)", r"(quantizer?|vq\w*|codebook)\..*"),
   _has("a video VAE (3D convolutions)", r"(encoder|decoder)\..*weight", ndim=5),
-  _has("FLUX.2's VAE (32 latent channels)", r"bn\.running_(mean|var)|encoder\.quant_conv\..*"),
-  _in_diffusers_layout,
-  _in_ldms_layout,
   _has("DC-AE", r"(encoder|decoder)\.(down_blocks|up_blocks|stages)\.\d+\.(\d|op_list).*"),
   _has("a tiny autoencoder (TAESD)", r"((encoder|decoder)\.)(layers\.)?\d+\.(conv\.\d+\.)?weight"),
   _has("MAR's generator, not its VAE", r"(diffloss|encoder_blocks)\..*"),
@@ -85,7 +70,7 @@ def unsupported(shapes: Shapes) -> str:
 def hint(shapes: Shapes, command: str) -> str:
   """In parentheses, the command that the file seems to be for, if it is another than `command`."""
   other = _command(shapes, coda=command.startswith("coda-"))
-  if not other or command in (other, "quantizer"):
+  if not other or command in (other, "quantizer") or {command, other} == {"sd3-vae", "flux-vae"}:
     return ""
   if command.startswith("coda-") and other == _CODA:
     return " (it holds the quantizer)"
@@ -100,10 +85,13 @@ def _command(shapes: Shapes, coda: bool) -> str:
   coda = coda or bool(_keys(shapes, r".*\.lora_layer\..*"))
   if _keys(shapes, r"codebooks\..*"):
     return _CODA
-  if _keys(shapes, _DIFFUSERS):
-    return "coda-flux" if coda else "flux-vae"
-  if _keys(shapes, _LDM):
-    family = "mar" if _keys(shapes, _QUANT_CONV) else "flux"
+  diffusers, ldm, quant_conv = (bool(_keys(shapes, k)) for k in (_DIFFUSERS, _LDM, _QUANT_CONV))
+  if (diffusers or ldm) and _keys(shapes, _PATCH_NORM):
+    return "flux2-vae"
+  if quant_conv and (diffusers or (ldm and latent_channels(shapes) == 4)):
+    return "sd-vae"
+  if diffusers or ldm:
+    family = "mar" if quant_conv else "flux"
     return f"coda-{family}" if coda else f"{family}-vae"
   for command, pattern in (
     ("lpips", r"(features|lin0)\..*"),

@@ -26,9 +26,13 @@ _LORA_PARTS += ("proj_out", "attn", "conv_in", "conv_out")
 
 
 def vae_config(
-  shapes: Shapes, *, quant_conv: bool, scale: float, shift: float, norm_groups: int = 32
+  shapes: Shapes, family: VAEConfig, *, scale: float, shift: float, norm_groups: int = 32
 ) -> VAEConfig:
-  """The autoencoder with arrays of these shapes (by our keys, in our layouts)."""
+  """The autoencoder with arrays of these shapes (by our keys, in our layouts).
+
+  Args:
+    family: tells what the shapes do not: `quant_conv` and `norm_patch`.
+  """
   ch = _vote(
     [
       *_last(shapes, r"encoder\.conv_in\.(kernel|bias)"),
@@ -65,10 +69,11 @@ def vae_config(
     decoder_blocks=blocks(r"decoder\.up"),
     encoder_attn=attention(r"encoder\.down"),
     decoder_attn=attention(r"decoder\.up"),
-    quant_conv=quant_conv,
+    quant_conv=family.quant_conv,
     scale=scale,
     shift=shift,
     norm_groups=norm_groups,
+    norm_patch=family.norm_patch,
   )
 
 

@@ -1,8 +1,8 @@
-"""The KL autoencoder of latent diffusion; MAR's KL-16 and FLUX's VAE are two configs of it.
+"""The KL autoencoder of latent diffusion; MAR's KL-16, FLUX's VAE and others are configs of it.
 
 Attribute names are LDM's (`encoder.down.0.block.0.conv1`); only `convert` knows other names.
 `models.lora.add_lora` adds adapters. Source: LDM's `AutoencoderKL` (arXiv 2112.10752), as MAR and
-FLUX publish it.
+FLUX publish it, and `AutoencoderKL` and `AutoencoderKLFlux2` of diffusers.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from coda_jax.errors import UserError
 from coda_jax.models.inputs import check_images, check_latents
+from coda_jax.models.latent_norm import LatentNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class VAEConfig:
     quant_conv: 1x1 convolutions around the latent (MAR), or none (FLUX).
     scale, shift: latent that generators and quantizers see = (z - shift) * scale.
     norm_groups: groups of every GroupNorm.
+    norm_patch: side of the patches of latents that statistics of their own normalise before scale
+      and shift (FLUX.2), or 0.
   """
 
   ch: int = 128
@@ -45,6 +48,7 @@ class VAEConfig:
   scale: float = 0.2325
   shift: float = 0.0
   norm_groups: int = 32
+  norm_patch: int = 0
 
   def __post_init__(self):
     if self.ch % self.norm_groups:
@@ -55,20 +59,29 @@ class VAEConfig:
     """Pixels per latent along one side."""
     return 2 ** (len(self.ch_mult) - 1)
 
+  @property
+  def stride(self) -> int:
+    """Both sides of an image must be multiples of it, in pixels."""
+    return self.downsampling * max(1, self.norm_patch)
+
   def latent_size(self, height: int, width: int) -> tuple[int, int]:
     """Latent height and width of an image. Raises UserError if the stride does not divide it."""
-    f = self.downsampling
-    if height % f or width % f or not height or not width:
+    stride = self.stride
+    if height % stride or width % stride or not height or not width:
+      size = f"{height}x{width}"
       raise UserError(
-        f"image size {height}x{width} is not a multiple of the VAE's stride {f}; resize or crop"
+        f"image size {size} is not a multiple of the VAE's stride {stride}; resize or crop"
       )
-    return height // f, width // f
+    return height // self.downsampling, width // self.downsampling
 
 
 MAR_VAE = VAEConfig()
 FLUX_VAE = VAEConfig(
   ch_mult=(1, 2, 4, 4), encoder_attn=(), quant_conv=False, scale=0.3611, shift=0.1159
 )
+SD3_VAE = dataclasses.replace(FLUX_VAE, scale=1.5305, shift=0.0609)
+SD_VAE = dataclasses.replace(FLUX_VAE, z_channels=4, quant_conv=True, scale=0.18215, shift=0.0)
+FLUX2_VAE = dataclasses.replace(SD_VAE, z_channels=32, scale=1.0, norm_patch=2)
 
 
 @struct.dataclass
@@ -307,6 +320,8 @@ class AutoencoderKL(nnx.Module):
       z = config.z_channels
       self.quant_conv = layers.conv(2 * z, 2 * z, 1)
       self.post_quant_conv = layers.conv(z, z, 1)
+    if config.norm_patch:
+      self.latent_norm = LatentNorm(config.norm_patch, config.z_channels)
 
   def encode(self, images: Float[Array, "b h w 3"]) -> Posterior:
     """Posterior of images in [-1, 1].
@@ -334,8 +349,11 @@ class AutoencoderKL(nnx.Module):
 
   def scale_latents(self, z: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Raw latents to the scale that quantizers and generators see."""
+    if self.config.norm_patch:
+      z = self.latent_norm.normalize(z)
     return (z - self.config.shift) * self.config.scale
 
   def unscale_latents(self, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Inverse of `scale_latents`."""
-    return x / self.config.scale + self.config.shift
+    z = x / self.config.scale + self.config.shift
+    return self.latent_norm.denormalize(z) if self.config.norm_patch else z

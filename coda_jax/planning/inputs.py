@@ -20,7 +20,7 @@ from coda_jax.errors import UserError
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, AutoencoderKL, VAEConfig
+from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD_VAE, AutoencoderKL, VAEConfig
 
 # That of the demo, which `make demo` converts.
 DEMO_VAE = VAEConfig(
@@ -32,7 +32,13 @@ DEMO_VAE = VAEConfig(
   scale=0.9111,
   norm_groups=8,
 )
-_VAES = {"MAR's": MAR_VAE, "FLUX's": FLUX_VAE, "the demo's": DEMO_VAE}
+_VAES = {
+  "MAR's": MAR_VAE,
+  "FLUX's": FLUX_VAE,
+  "Stable Diffusion's": SD_VAE,
+  "FLUX.2's": FLUX2_VAE,
+  "the demo's": DEMO_VAE,
+}
 _CLASSES, _IMAGES = 1000, 1_281_167  # of ImageNet
 
 
@@ -46,12 +52,14 @@ def vae_config(settings: c.TokenizerSettings) -> VAEConfig:
     fields = weights.read_config(settings.vae, "vae")
     return weights.config_from_fields(VAEConfig, fields["vae"], f"{settings.vae}/config.json: vae")
   for vae in _VAES.values():
-    if settings.image_size == settings.quantizer.patch_sizes[-1] * vae.downsampling:
+    fits = settings.image_size == settings.quantizer.patch_sizes[-1] * vae.downsampling
+    if fits and settings.quantizer.code_dim == vae.z_channels:
       return vae
+  quantizer = settings.quantizer
   raise UserError(
     f"config.tokenizer.vae={settings.vae} is not there, and {settings.image_size} pixels in "
-    f"{settings.quantizer.patch_sizes[-1]} patches are the latents of no VAE that is known "
-    f"({', '.join(_VAES)}); name a directory that `python -m convert` wrote"
+    f"{quantizer.patch_sizes[-1]} patches of {quantizer.code_dim} channels are the latents of no "
+    f"VAE that is known ({', '.join(_VAES)}); name a directory that `python -m convert` wrote"
   )
 
 

@@ -17,8 +17,21 @@ from coda_jax import cli, weights
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE, VAEConfig
-from convert import coda, dino, files, flux_vae, inception, lpips, mar_vae, pickle, rules, shapes
+from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD3_VAE, SD_VAE, VAEConfig
+from convert import (
+  coda,
+  dino,
+  files,
+  flux2_vae,
+  flux_vae,
+  inception,
+  lpips,
+  mar_vae,
+  pickle,
+  rules,
+  sd_vae,
+  shapes,
+)
 from tests.goldens import values
 
 GOLDENS = pathlib.Path(values.__file__).parent
@@ -67,6 +80,10 @@ def save(path, state, **extra):
   ("layout", "keys", "config"),
   [
     ("flux-vae", ["flux_vae_bfl"], FLUX_VAE),  # MAR's and diffusers' are in CODA's below
+    ("sd-vae", ["sd_vae_diffusers"], SD_VAE),
+    ("sd-vae", ["sd_vae_ldm"], SD_VAE),
+    ("sd3-vae", ["flux_vae_diffusers"], SD3_VAE),
+    ("flux2-vae", ["flux2_vae_diffusers"], FLUX2_VAE),
     ("lpips", ["vgg16_torchvision", "lpips_vgg_heads"], {"kind": "lpips"}),
     ("dino", ["dino_deitsmall16"], {"kind": "dino"}),
     ("inception", ["inception_fid"], {"kind": "inception"}),
@@ -75,8 +92,9 @@ def save(path, state, **extra):
 def test_published_layouts_fit(layout, keys, config):
   found, flat = convert.to_flat(layout, full_size(*keys))
   assert found == config
-  # DINO's last norm; counters of Inception's batch norms
-  unused = {"dino": 2, "inception": sum("num_batches" in k for k in full_size(*keys))}
+  # DINO's last norm; counters of batch norms
+  unused = {"dino": 2, "flux2-vae": 1}
+  unused["inception"] = sum("num_batches" in k for k in full_size(*keys))
   assert len(flat) == len(full_size(*keys)) - unused.get(layout, 0)
 
 
@@ -110,6 +128,9 @@ def test_codas_checkpoints_fit_and_are_written_with_their_keys(family, config, p
   ("layout", "keys"),
   [
     (flux_vae.SINGLE_FILE, ["flux_vae_bfl"]),
+    (flux2_vae.DIFFUSERS, ["flux2_vae_diffusers"]),
+    (flux2_vae.SINGLE_FILE, ["flux2_vae_bfl_small"]),
+    (sd_vae.DIFFUSERS, ["sd_vae_diffusers"]),
     (mar_vae.LAYOUT, ["mar_vae"]),
     (lpips.LAYOUT, ["vgg16_torchvision", "lpips_vgg_heads"]),
     (dino.LAYOUT, ["dino_deitsmall16"]),
@@ -287,6 +308,12 @@ def test_which_convolutions_are_adapted_is_read_from_the_keys(lora):
   [
     ("mar-vae", lambda: small_state("flux"), "flux-vae"),
     ("flux-vae", small_state, "mar-vae"),
+    ("flux-vae", lambda: full_size("sd_vae_diffusers"), "sd-vae"),
+    ("flux-vae", lambda: full_size("sd_vae_ldm"), "sd-vae"),
+    ("mar-vae", lambda: full_size("sd_vae_ldm"), "sd-vae"),
+    ("sd-vae", lambda: full_size("flux2_vae_diffusers"), "flux2-vae"),
+    ("sd-vae", lambda: full_size("mar_vae"), "mar-vae"),
+    ("flux2-vae", lambda: full_size("flux_vae_diffusers"), "flux-vae"),
     ("mar-vae", lambda: small_state("mar", SMALL_LORA), "coda-mar"),
     ("coda-mar", lambda: small_state("flux", SMALL_LORA), "coda-flux"),
     ("mar-vae", lambda: full_size("vgg16_torchvision"), "lpips"),

@@ -37,14 +37,6 @@ def array(*shape):
   return np.zeros(shape, np.float32)
 
 
-def flux2(layout):
-  more = {f"bn.running_{k}": array(128) for k in ("mean", "var")}
-  state = vae(layout, 32, **more, **{"bn.num_batches_tracked": np.array(3)})
-  if layout is DIFFUSERS:
-    return state
-  return {re.sub("^(post_quant|quant)_conv", r"encoder.\1_conv", k): v for k, v in state.items()}
-
-
 def old_attention(state):
   """The names that diffusers gave attention before 0.12: SD 1.5 is published with them."""
   new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -52,20 +44,6 @@ def old_attention(state):
 
 
 UNSUPPORTED = {
-  "sd_ldm": (lambda: vae(LDM, 4), "Stable Diffusion's VAE"),
-  "sd_diffusers": (lambda: vae(DIFFUSERS, 4), "Stable Diffusion's VAE"),
-  "sd_old": (lambda: old_attention(vae(DIFFUSERS, 4)), "Stable Diffusion's VAE"),
-  "sd_whole": (
-    lambda: (
-      {f"first_stage_model.{k}": v for k, v in vae(LDM, 4).items()}
-      | {"model.diffusion_model.a.weight": array(3)}
-    ),
-    "Stable Diffusion's VAE",
-  ),
-  "flux2_diffusers": (lambda: flux2(DIFFUSERS), "FLUX.2's VAE"),
-  "flux2": (lambda: flux2(LDM), "FLUX.2's VAE"),
-  "flux2_bare": (lambda: vae(DIFFUSERS, 32), "FLUX.2's VAE"),
-  "kl16_diffusers": (lambda: vae(DIFFUSERS, 16), "a VAE with quant_conv .16 latent"),
   "vqgan": (lambda: vae(LDM, 8, **{"quantize.embedding.weight": array(64, 8)}), "codebook of its"),
   "vq_diffusers": (lambda: vae(DIFFUSERS, 4, **{"quantize.embedding.weight": array(9, 4)}), "VQ"),
   "video": (lambda: {"encoder.conv1.weight": array(8, 3, 3, 3, 3)}, "a video VAE"),
@@ -91,6 +69,13 @@ OURS = {
   "mar-vae": small_state,
   "flux-vae": lambda: small_state("flux"),
   "single": lambda: vae(LDM, quant_conv=False),
+  "sd_ldm": lambda: vae(LDM, 4),
+  "sd_diffusers": lambda: vae(DIFFUSERS, 4),
+  "sd_old": lambda: old_attention(vae(DIFFUSERS, 4)),
+  "flux2_diffusers": lambda: full_size("flux2_vae_diffusers_small"),
+  "flux2": lambda: full_size("flux2_vae_bfl_small"),
+  "flux2_bare": lambda: vae(DIFFUSERS, 32),
+  "kl16_diffusers": lambda: vae(DIFFUSERS, 16),
   "coda-mar": lambda: small_state("mar", SMALL_LORA),
   "coda-flux": lambda: small_state("flux", SMALL_LORA),
   "coda single": lambda: random_state(LDM, shapes.of_vae(SMALL_FLUX, SMALL_LORA)),
@@ -104,24 +89,15 @@ OURS = {
 }
 
 
-# `dino` looks for no VAE among other networks.
-@pytest.mark.parametrize(
-  ("name", "layout"),
-  [
-    (n, k)
-    for n in UNSUPPORTED
-    for k in ("mar-vae", "flux-vae", "dino")
-    if (n, k) != ("sd_whole", "dino")
-  ],
-)
+@pytest.mark.parametrize("layout", ["mar-vae", "flux-vae", "sd-vae", "dino"])
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_known_relatives_are_named_as_not_supported(name, layout):
   make, title = UNSUPPORTED[name]
-  fits = name in ("sd_ldm", "sd_whole") and layout == "mar-vae"  # but for its scale
   with pytest.raises(UserError, match=f"{title}.* is not supported") as e:
     convert.to_flat(layout, make())
   assert "\n" not in str(e.value)
   assert "missing" not in str(e.value)
-  assert ("supported are MAR's KL-16 (mar-vae)" in str(e.value)) != fits
+  assert "supported are MAR's KL-16 (mar-vae)" in str(e.value)
 
 
 @pytest.mark.parametrize("name", [*UNSUPPORTED, *OURS, *(f"damaged {k}" for k in OURS)])
@@ -162,16 +138,64 @@ def test_a_swapped_quantizer_is_told():
 
 def test_another_latent_needs_its_own_scale():
   state = vae(LDM, 4)
-  with pytest.raises(UserError, match="has 4 latent channels, MAR's KL-16 VAE has 16.*--scale"):
+  told = "has 4 latent channels, MAR's KL-16 VAE has 16 .*python -m convert sd-vae.*--scale"
+  with pytest.raises(UserError, match=told):
     convert.to_flat("mar-vae", state)
   config, _ = convert.to_flat("mar-vae", state, scale=0.18215)
   assert (config.z_channels, config.scale, config.shift) == (4, 0.18215, 0.0)
 
 
-def test_sd3_has_the_shapes_of_flux_and_its_config_tells_the_scale(tmp_path):
-  save(tmp_path / "diffusion_pytorch_model.bin", vae(DIFFUSERS, quant_conv=False))
+def converted(folder, layout, state, fields=None, **options):
+  """The VAE's fields of a converted file with `config.json` beside it."""
+  folder.mkdir()
+  save(folder / "diffusion_pytorch_model.bin", state)
+  if fields is not None:
+    (folder / "config.json").write_text(json.dumps(fields))
+  convert.convert(layout, [folder], folder / "out", **options)
+  return weights.read_config(folder / "out", "vae")["vae"]
+
+
+@pytest.mark.parametrize("layout", ["flux-vae", "sd3-vae"])
+def test_sd3_has_the_shapes_of_flux_and_its_config_tells_the_scale(tmp_path, layout):
   fields = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False}
-  (tmp_path / "config.json").write_text(json.dumps(fields))
-  convert.convert("flux-vae", [tmp_path], tmp_path / "out")
-  found = weights.read_config(tmp_path / "out", "vae")["vae"]
+  state = vae(DIFFUSERS, quant_conv=False)
+  found = converted(tmp_path / "with", layout, state, fields)
   assert (found["scale"], found["shift"], found["z_channels"]) == (1.5305, 0.0609, SMALL.z_channels)
+  if layout == "sd3-vae":  # a single file has no config beside it
+    state = vae(LDM, quant_conv=False)
+    found = converted(
+      tmp_path / "single", layout, {f"first_stage_model.{k}": v for k, v in state.items()}
+    )
+    assert (found["scale"], found["shift"]) == (1.5305, 0.0609)
+
+
+def test_stable_diffusions_layouts(tmp_path, caplog):
+  state = vae(DIFFUSERS, 4)
+  config, flat = convert.to_flat("sd-vae", state)
+  assert (config.z_channels, config.quant_conv, config.scale, config.shift) == (4, True, 0.18215, 0)
+  old = convert.to_flat("sd-vae", old_attention(state))[1]
+  assert old.keys() == flat.keys() and all((old[k] == flat[k]).all() for k in flat)
+  xl = converted(tmp_path / "xl", "sd-vae", state, {"scaling_factor": 0.13025})
+  assert (xl["scale"], xl["shift"]) == (0.13025, 0.0)
+  with caplog.at_level("INFO"):
+    assert converted(tmp_path / "told", "sd-vae", state, scale=0.13025)["scale"] == 0.13025
+    assert not caplog.text
+    whole = {f"first_stage_model.{k}": v for k, v in vae(LDM, 4).items()}
+    whole |= {"model.diffusion_model.a.weight": array(3)}
+    assert converted(tmp_path / "whole", "sd-vae", whole)["scale"] == 0.18215
+  assert "took 0.18215, of Stable Diffusion 1 and 2. SDXL's is 0.13025" in caplog.text
+
+
+def test_flux2s_statistics_stand_where_the_latents_are():
+  state = values.state_dict(GOLDENS, "flux2_vae_bfl_small")
+  config, flat = convert.to_flat("flux2-vae", state, norm_groups=8)
+  assert (config.norm_patch, config.z_channels, config.scale, config.stride) == (2, 32, 1.0, 8)
+  for channel, row, column in ((0, 0, 1), (5, 1, 0), (31, 1, 1)):
+    theirs = state["bn.running_var"][channel * 4 + row * 2 + column]
+    assert flat["latent_norm.var"][row, column, channel] == theirs
+  del state["bn.running_mean"]
+  with pytest.raises(UserError, match="missing bn.running_mean$"):
+    convert.to_flat("flux2-vae", state, norm_groups=8)
+  state["bn.running_mean"] = array(127)
+  with pytest.raises(UserError, match=r"bn.running_mean has shape \[127\], expected \[128\]$"):
+    convert.to_flat("flux2-vae", state, norm_groups=8)

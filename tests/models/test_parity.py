@@ -48,7 +48,8 @@ def test_autoencoder(golden):
     config, lora, flat = convert.vae_to_flat(golden["layout"], state)
     assert lora is not None
   else:
-    (config, flat), lora = convert.to_flat(golden["layout"], state), None
+    options = golden.case.get("options", {})
+    (config, flat), lora = convert.to_flat(golden["layout"], state, **options), None
 
   def make():
     rngs = nnx.Rngs(0)
@@ -60,16 +61,20 @@ def test_autoencoder(golden):
   def run(state, images):
     vae_ = nnx.merge(graphdef, state)
     posterior = vae_.encode(images)
-    return posterior.mean, posterior.logvar, vae_.decode(posterior.mean)
+    scaled = vae_.scale_latents(posterior.mean)
+    decoded = vae_.decode(vae_.unscale_latents(scaled))
+    return posterior.mean, posterior.logvar, scaled, decoded
 
   graphdef, state = nnx.split(vae)
-  mean, logvar, decoded = run(state, nhwc(golden.input()))
+  mean, logvar, scaled, decoded = run(state, nhwc(golden.input()))
   out = golden.outputs()
   moments = np.concatenate([nchw(mean), nchw(logvar)], 1)
   golden_mean, golden_logvar = np.split(out["moments"], 2, axis=1)
   expected = np.concatenate([golden_mean, golden_logvar.clip(-30, 20)], 1)
   assert_close(moments, expected, 1e-4, "moments")
   assert_close(nchw(decoded), out["decoded"], 1e-4, "decoded")
+  if "scaled" in out:
+    assert_close(nchw(scaled), out["scaled"], 1e-4, "scaled")
 
 
 @pytest.mark.parity("quantizer")
