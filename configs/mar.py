@@ -1,7 +1,8 @@
 """CODA on MAR's KL-16 VAE: the paper's settings (V = 16384, 680 tokens an image, ImageNet 256).
 
 `configs/mar.py:vq`, `:rq`, `:attention`, `:full` are the rows of the paper's Table 1;
-`configs/mar.py:full,codebook_size=65536,norm=layer` changes the quantizer.
+`configs/mar.py:full,codebook_size=65536,norm=layer` changes the quantizer, `configs/mar.py:512` is
+for images of 512 pixels.
 """
 
 from coda_jax import config as c

@@ -1,10 +1,10 @@
-"""`python -m convert LAYOUT INPUT... --output DIR` and `python -m convert to-torch`."""
+"""`python -m convert LAYOUT INPUT... --output DIR`, `python -m convert to-torch` and `resize`."""
 
 import argparse
 
 from coda_jax import cli
 
-from .api import convert, to_torch
+from .api import convert, resize, to_torch
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     "--activation", choices=("quick_gelu", "gelu"), help="else quick_gelu, or the same"
   )
   add("to-torch", "TOKENIZER", "vae_ema.pth and quantizer_ema.pth of a tokenizer directory")
+  sub = add("resize", "TOKENIZER", "the tokenizer directory for images of another size")
+  sub.add_argument(
+    "--image-size", type=int, required=True, metavar="N", help="their side, in pixels"
+  )
   return parser
 
 
@@ -84,8 +88,8 @@ def _run(args: argparse.Namespace) -> None:
     options.pop(shared, None)
   if layout == "lpips" and bool(inputs) == options["from_package"]:
     raise cli.UsageError("lpips: give files, or --from-package")
-  if layout == "to-torch":
-    to_torch(inputs[0], output, **options)
+  if layout in ("to-torch", "resize"):
+    {"to-torch": to_torch, "resize": resize}[layout](inputs[0], output, **options)
   else:
     convert(layout, inputs, output, **options)
   print(f"wrote {output}")

@@ -119,9 +119,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   """
   tokenizer, output = _expanded(tokenizer), _expanded(output)
   outputs.check_output(output, "to-torch", overwrite=overwrite, inputs=[tokenizer])
-  fields = weights.read_config(tokenizer, "tokenizer")
-  del fields["fingerprint"]
-  config = weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
+  config = _tokenizer_config(tokenizer)
   if not config.quantizer.lookup_class.in_official_code:
     raise UserError(f"{tokenizer}: the official code has no {config.quantizer.lookup} look-up")
   if config.vae.norm_patch:
@@ -140,6 +138,33 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
       names = rules.names_in(layout, ours)
       items = [(theirs, _turned(flat[part + k], t)) for k, (theirs, t) in names.items()]
       pickle.save(aside / name, items)
+
+
+def resize(tokenizer: Path, output: Path, *, image_size: int, overwrite: bool = False) -> None:
+  """Writes a tokenizer directory for images of another size, with the same weights.
+
+  Every level keeps its share of the latent's side: level l has round(p_l · n / n0) tokens a side,
+  n0 and n the sides of the latents. So ids are those of the given tokenizer for such images.
+
+  Raises:
+    UserError: no tokenizer, or the VAE's stride does not divide the size.
+  """
+  tokenizer, output = _expanded(tokenizer), _expanded(output)
+  outputs.check_output(output, "tokenizer", overwrite=overwrite, inputs=[tokenizer])
+  config = _tokenizer_config(tokenizer)
+  if image_size < 1:
+    raise UserError(f"the image size is {image_size}; it must be at least 1 (--image-size)")
+  sides = config.quantizer.level_sizes(*config.vae.latent_size(image_size, image_size))
+  quantizer = dataclasses.replace(config.quantizer, patch_sizes=tuple(n for n, _ in sides))
+  config = dataclasses.replace(config, quantizer=quantizer, image_size=image_size)
+  kind, fields = _described(config)
+  weights.write_directory(output, kind, fields, weights.read_arrays(tokenizer))
+
+
+def _tokenizer_config(tokenizer: pathlib.Path) -> TokenizerConfig:
+  fields = weights.read_config(tokenizer, "tokenizer")
+  del fields["fingerprint"]
+  return weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
 
 
 def _kind(layout: str) -> str:

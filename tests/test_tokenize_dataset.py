@@ -1,10 +1,12 @@
 """Token files: what is in them, and that a kill loses and doubles nothing."""
 
+import io
 import json
 import logging
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,8 @@ def folder(tmp_path_factory):
   return folder
 
 
-def tokenize(folder, output, *options, tokenizer="tokenizer"):
-  words = ["--tokenizer", folder / tokenizer, "--data", f"folder:{folder}/images@train"]
+def tokenize(folder, output, *options, tokenizer="tokenizer", data="folder:{}/images@train"):
+  words = ["--tokenizer", folder / tokenizer, "--data", data.format(folder)]
   words += ["--output", output, "--batch-size", "16", "--shards", "3", *options]
   tokenize_dataset.run(tokenize_dataset.parser().parse_args([str(w) for w in words]))
   return tokens.TokenSource(output)
@@ -39,6 +41,26 @@ def flipped(folder):
 
 def everything(source):
   return source.records(range(len(source.sizes)))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_the_same_tokens_from_shards(folder, flipped, kind):
+  images = sources.open_source(f"folder:{folder}/images@train")
+  if kind == "parquet":
+    pa = pytest.importorskip("pyarrow", reason="an optional extra: 'coda_jax[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"image": {"bytes": data}, "label": label} for data, label in images]
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=5)
+  else:
+    with tarfile.open(folder / "train.tar", "w") as tar:
+      for i in range(len(images)):
+        for ending, data in (("png", images[i][0]), ("cls", str(images[i][1]).encode())):
+          member = tarfile.TarInfo(f"{i:03}.{ending}")
+          member.size = len(data)
+          tar.addfile(member, io.BytesIO(data))
+  made = tokenize(folder, folder / kind, "--flip", data=kind + ":{}@train")
+  for ours, theirs in zip(everything(made), everything(flipped), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_tokens_are_those_of_the_centre_crops(folder, flipped):

@@ -1,9 +1,10 @@
-"""Rows of the paper's Table 1 as changes to the full method."""
+"""Rows of the paper's Table 1, and sizes of images, as changes to the full method at 256 pixels."""
 
 import dataclasses
 
 from coda_jax.config.tokenizer import TrainConfig
 from coda_jax.errors import UserError
+from coda_jax.models.quantizer import PATCH_SIZES
 
 VARIANTS = ("vq", "rq", "attention", "full")
 
@@ -15,14 +16,20 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
     config: the full method.
     arg: comma-separated: one of `vq` (Euclidean look-up, one level), `rq` (Euclidean, all
       levels), `attention` (attention look-up) or `full` (attention and LoRA, the default), and
-      any of `codebook_size=N`, `norm=rms|layer|none`.
+      any of `codebook_size=N`, `norm=rms|layer|none`, and the side of the images in pixels, such
+      as `512`.
 
   Raises:
     UserError: anything else.
   """
+  words = [word for word in arg.split(",") if word]
+  for word in filter(str.isdecimal, words):
+    config = _sized(config, int(word))
   quantizer, lora = config.tokenizer.quantizer, config.tokenizer.lora
-  for word in filter(None, arg.split(",")):
+  for word in words:
     key, equals, value = word.partition("=")
+    if word.isdecimal():
+      continue
     if not equals and word in VARIANTS:
       if word != "full":
         lora = None
@@ -36,7 +43,28 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
       quantizer = dataclasses.replace(quantizer, norm=value)
     else:
       raise UserError(
-        f"config argument {word!r} is none of {', '.join(VARIANTS)}, codebook_size=N, norm=NAME"
+        f"config argument {word!r} is none of {', '.join(VARIANTS)}, codebook_size=N, norm=NAME,"
+        " 512 (pixels)"
       )
   tokenizer = dataclasses.replace(config.tokenizer, quantizer=quantizer, lora=lora)
   return dataclasses.replace(config, tokenizer=tokenizer)
+
+
+def _sized(config: TrainConfig, image_size: int) -> TrainConfig:
+  """The config for images of another size: VAR's patch sizes, and as many pixels a micro-batch."""
+  before, quantizer = config.tokenizer.image_size, config.tokenizer.quantizer
+  stride = before // quantizer.patch_sizes[-1]
+  if image_size % stride or image_size // stride not in PATCH_SIZES:
+    known = ", ".join(str(side * stride) for side in PATCH_SIZES)
+    raise UserError(
+      f"config argument '{image_size}': images of {known} pixels have patch sizes here; for others"
+      " set config.tokenizer.image_size and config.tokenizer.quantizer.patch_sizes"
+    )
+  factor = max(1, image_size // before) ** 2
+  quantizer = dataclasses.replace(quantizer, patch_sizes=PATCH_SIZES[image_size // stride])
+  return dataclasses.replace(
+    config,
+    tokenizer=dataclasses.replace(config.tokenizer, quantizer=quantizer, image_size=image_size),
+    data=dataclasses.replace(config.data, accumulation=config.data.accumulation * factor),
+    eval=dataclasses.replace(config.eval, batch_size=config.eval.batch_size // factor),
+  )

@@ -23,6 +23,13 @@ from coda_jax.ops.resize import area_resize, bicubic_resize
 # Sides of the token grids that the paper takes for images of 256 pixels: 680 and 2240 tokens.
 MAR_PATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 FLUX_PATCH_SIZES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+# By the latents' side. These are VAR's (arXiv 2404.02905) for 256, 512 and 1024 pixels at 16x; the
+# last have 9451 tokens.
+PATCH_SIZES = {
+  16: MAR_PATCH_SIZES,
+  32: FLUX_PATCH_SIZES,
+  64: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
 
 
 @struct.dataclass

@@ -3,6 +3,8 @@
 import pytest
 
 from coda_jax.errors import UserError
+from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD3_VAE, SD_VAE
 from tests.config.files import load
 
 
@@ -22,3 +24,31 @@ def test_variants():
       load(f"configs/mar.py:{arg}")
   with pytest.raises(UserError, match="codebook_size is 0"):
     load("configs/mar.py:codebook_size=0")
+
+
+@pytest.mark.parametrize(
+  ("spec", "vae", "size", "last", "tokens", "accumulation"),
+  [
+    ("mar.py:512", MAR_VAE, 512, 32, 2240, 16),
+    ("mar.py:vq,512", MAR_VAE, 512, 32, 1024, 16),
+    ("flux.py:512", FLUX_VAE, 512, 64, 9451, 12),
+    ("flux.py:128", FLUX_VAE, 128, 16, 680, 3),
+    ("flux.py:flux2", FLUX2_VAE, 256, 32, 2240, 3),
+    ("flux.py:flux2,512,norm=layer", FLUX2_VAE, 512, 64, 9451, 12),
+    ("sd.py", SD_VAE, 256, 32, 2240, 3),
+    ("sd.py:sd3,512", SD3_VAE, 512, 64, 9451, 12),
+  ],
+)
+def test_vaes_and_sizes(spec, vae, size, last, tokens, accumulation):
+  config = load(f"configs/{spec}")
+  settings, data = config.tokenizer, config.data
+  assert settings.quantizer.patch_sizes[-1] == last and settings.quantizer.tokens == tokens
+  assert data.accumulation == accumulation and data.batch_size % data.accumulation == 0
+  TokenizerConfig(vae=vae, quantizer=settings.quantizer, image_size=settings.image_size)
+  assert settings.image_size == size
+
+
+def test_sizes_without_patch_sizes():
+  for size in ("384", "0", "1000"):
+    with pytest.raises(UserError, match=f"'{size}': images of 128, 256, 512 pixels have patch"):
+      load(f"configs/flux.py:{size}")

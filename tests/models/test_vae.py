@@ -8,6 +8,7 @@ from flax import nnx
 
 from coda_jax import arrays, weights
 from coda_jax.errors import UserError
+from coda_jax.models.latent_norm import LatentNorm
 from coda_jax.models.vae import AutoencoderKL, GroupNorm, Posterior, VAEConfig
 from tests import tiny
 
@@ -24,6 +25,27 @@ def test_any_size_the_stride_divides(size):
 def test_size_the_stride_does_not_divide():
   with pytest.raises(UserError, match="17x16 is not a multiple of the VAE's stride 2"):
     tiny.tokenizer().vae.encode(tiny.images(1, 17, 16))
+
+
+def test_patches_of_latents_must_be_whole():
+  config = dataclasses.replace(tiny.VAE, norm_patch=2)
+  assert config.latent_size(16, 20) == (8, 10)
+  with pytest.raises(UserError, match="18x16 is not a multiple of the VAE's stride 4"):
+    config.latent_size(18, 16)
+
+
+def test_latents_are_normalised_by_patches():
+  norm = LatentNorm(2, 3)
+  rng = np.random.default_rng(0)
+  mean, var = rng.normal(size=(2, 2, 3)), rng.uniform(0.5, 2, (2, 2, 3))
+  norm.mean[...], norm.var[...] = jnp.asarray(mean), jnp.asarray(var)
+  z = rng.normal(size=(2, 4, 6, 3)).astype(np.float32)
+  found = norm.normalize(jnp.asarray(z))
+  for row, column in ((0, 0), (3, 4), (2, 5)):
+    here = (row % 2, column % 2)
+    expected = (z[:, row, column] - mean[here]) / np.sqrt(var[here] + 1e-4)
+    np.testing.assert_allclose(found[:, row, column], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(norm.denormalize(found), z, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_must_fit_the_groups():
