@@ -80,7 +80,7 @@ class ParquetSource:
         mean >> 20,
       )
     self.class_names, self._labels = self._read_labels(parquet, root, files, label, features)
-    self._cache = _Groups(self)
+    self._images = _Kept(self._image_column)
 
   def _read_labels(
     self,
@@ -118,7 +118,7 @@ class ParquetSource:
     if not 0 <= row < len(self):
       raise IndexError(row)
     number, place = self._place(row)
-    value = self._cache.column(number)[place].as_py()
+    value = self._images.get(number)[place].as_py()
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
       raise UnreadableImage("the file holds no bytes of it")
@@ -126,10 +126,10 @@ class ParquetSource:
 
   def name(self, row: int) -> str:
     number, place = self._place(row)
-    file, group = self._groups[number]
-    name = f"{self._files[file]} row {row - self._first_row(int(file))}"
+    file = int(self._groups[number, 0])
+    name = f"{self._files[file]} row {row - self._first_row(file)}"
     try:
-      path = self.read_group(int(file), int(group), self._paths)[place].as_py()["path"]
+      path = self._column(number, self._paths)[place].as_py()["path"]
     except Exception:  # the file is damaged, or there is no such column
       return name
     return f"{name} ({path})" if path else name
@@ -138,8 +138,12 @@ class ParquetSource:
     before = int(np.searchsorted(self._groups[:, 0], file))
     return int(self._ends[before - 1]) if before else 0
 
-  def read_group(self, file: int, group: int, column: str | None) -> Any:
+  def _image_column(self, number: int) -> Any:
+    return self._column(number, self._image)
+
+  def _column(self, number: int, column: str | None) -> Any:
     """A column of a row group. Raises UnreadableImage if it cannot be read."""
+    file, group = (int(n) for n in self._groups[number])
     name = self._files[file]
     try:
       if _stat(name) != self._stats[file]:
@@ -160,33 +164,29 @@ class ParquetSource:
     return found.hexdigest()
 
 
-class _Groups:
-  """The image columns of the row groups that were read last. A copy in another process is empty."""
+class _Kept:
+  """The row groups that were read last, by their numbers. A copy in another process is empty.
 
-  def __init__(self, source: ParquetSource):
-    self._source = source
-    self._empty()
+  Args:
+    read: what reads one.
+  """
 
-  def _empty(self) -> None:
+  def __init__(self, read: Callable[[int], Any]):
+    self._read = read
     self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._lock, self._locks = threading.Lock(), [threading.Lock() for _ in range(_THREADS)]
 
-  def __getstate__(self) -> dict[str, Any]:
-    return {"_source": self._source}
+  def __reduce__(self) -> tuple:
+    return _Kept, (self._read,)
 
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._empty()
-
-  def column(self, number: int) -> Any:
-    """The images of a row group. Threads that want the same one wait for one of them."""
+  def get(self, number: int) -> Any:
+    """A row group. Threads that want the same one wait for the first of them."""
     with self._locks[number % len(self._locks)]:
       with self._lock:
         if number in self._kept:
           self._kept.move_to_end(number)
           return self._kept[number]
-      file, group = self._source._groups[number]
-      column = self._source.read_group(int(file), int(group), self._source._image)
+      column = self._read(number)
       with self._lock:
         self._kept[number] = column
         while len(self._kept) > 1 and sum(c.nbytes for c in self._kept.values()) > _KEPT_BYTES:

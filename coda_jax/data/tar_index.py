@@ -72,7 +72,7 @@ def load(files: Sequence[pathlib.Path], name: str) -> TarIndex:
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   place = hashlib.sha256(f"{folder.resolve()}/{name}".encode()).hexdigest()[:32]
   places = (own, cache / "coda_jax" / "tars" / f"{place}.npz")
-  known = next(filter(None, map(_read, places)), {})
+  known = {key: tar for place in places for key, tar in _read(place).items()}
   keys = [(os.path.relpath(f, folder), *stat(f)) for f in files]
   new = [(key, f) for key, f in zip(keys, files, strict=True) if key not in known]
   if new:

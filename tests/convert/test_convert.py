@@ -390,6 +390,7 @@ def command(monkeypatch, capsys, *words):
   """Exit code and last line on stderr."""
   monkeypatch.setattr(cli, "quiet", lambda: None)  # it would silence the tests after this one
   monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
+  monkeypatch.delitem(sys.modules, "convert.__main__", raising=False)  # other tests import it
   with pytest.raises(SystemExit) as e:
     runpy.run_module("convert", run_name="__main__")
   lines = capsys.readouterr().err.strip().splitlines()

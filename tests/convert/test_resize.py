@@ -24,6 +24,8 @@ def test_the_same_ids_and_pixels_at_another_size(tmp_path):
   # The first levels alone need the size where it is not that of training.
   few, few_again = tiny.pixels(tok, ids[:2], (32, 32)), tiny.pixels(large, ids[:2], None)
   np.testing.assert_array_equal(few, few_again)
+  with pytest.raises(UserError, match="the image size is 0; it must be at least 1"):
+    convert.resize(tmp_path / "small", tmp_path / "none", image_size=0)
   with pytest.raises(UserError, match="give size= for other than the training size"):
     tok.decode(ids[:2])
   first, second = (weights.read_config(tmp_path / k, "tokenizer") for k in ("small", "large"))
@@ -37,7 +39,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   start = ("resize", tmp_path / "small", "--output", tmp_path / "large")
   for size, code, line in (
     (("--image-size", "17"), 1, "17x17 is not a multiple of the VAE's stride 2"),
-    (("--image-size", "-2"), 1, "the image size is -2; it must be at least 1"),
+    (("--image-size=-2",), 2, "--image-size"),
+    (("--image-size", "9999999"), 2, "--image-size"),
     ((), 2, "--image-size"),
     (("--image-size", "8"), 0, ""),
     (("--image-size", "8"), 1, "--overwrite replaces it"),

@@ -1,5 +1,6 @@
 """Parquet files as Hugging Face writes them: layouts, labels, damage, one line an error."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -215,3 +216,28 @@ def test_large_row_groups_are_told(imagenet, monkeypatch, caplog):
   monkeypatch.setattr("coda_jax.data.parquet._LARGE_BYTES", 1000)
   sources.open_source(f"parquet:{imagenet}@train")
   assert "copy them once with write_arrayrecord" in caplog.text
+
+
+@pytest.mark.parametrize(("kept_bytes", "expected"), [(1 << 20, [0, 2]), (1, [0, 2, 0])])
+def test_row_groups_are_kept_within_their_bytes(imagenet, monkeypatch, kept_bytes, expected):
+  monkeypatch.setattr("coda_jax.data.parquet._KEPT_BYTES", kept_bytes)
+  source, reads = counted(imagenet, monkeypatch)
+  for row in (0, 1, 4, 0):
+    source[row]
+  assert reads == expected
+
+
+def test_threads_read_a_row_group_once(imagenet, monkeypatch):
+  source, reads = counted(imagenet, monkeypatch)
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    found = list(threads.map(lambda i: source[i % 8], range(64)))
+  assert found == [(picture(i % 8), i % 2) for i in range(64)]
+  assert sorted(reads) == [0, 1, 2, 3, 4]
+
+
+def counted(folder, monkeypatch):
+  """A source, and the row groups that it reads from now on."""
+  source = sources.open_source(f"parquet:{folder}@train")
+  read, reads = source._images._read, []
+  monkeypatch.setattr(source._images, "_read", lambda n: reads.append(n) or read(n))
+  return source, reads

@@ -6,7 +6,7 @@ import pytest
 from coda_jax import cli, sharding
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import QuantizerConfig
-from coda_jax.models.vae import FLUX_VAE, MAR_VAE
+from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD_VAE
 from coda_jax.planning import inputs, programs
 from coda_jax.training import registry
 from tests.training import runs
@@ -66,7 +66,7 @@ def test_programs_of_a_generator(generator, tokenizer, what):
 
 def test_what_is_not_there_and_not_known(folder, generator):
   settings = runs.config(folder, tokenizer__vae="nowhere", tokenizer__image_size=48)
-  with pytest.raises(UserError, match="vae=nowhere is not there.*MAR's, FLUX's, the demo's"):
+  with pytest.raises(UserError, match="vae=nowhere is not there.*MAR's, FLUX's, .*the demo's"):
     programs.make("update", settings, jax.devices()[:2])
   with pytest.raises(UserError, match="--tokenizer-config=configs/mar.py"):
     programs.make("update", generator, jax.devices()[:2])
@@ -78,8 +78,16 @@ def test_a_batch_that_the_mesh_does_not_divide(folder):
 
 
 def test_vaes_by_the_latents_that_a_quantizer_takes(folder):
-  for name, vae in (("mar", MAR_VAE), ("flux", FLUX_VAE), ("demo", inputs.DEMO_VAE)):
-    settings = registry.resolve(cli.load_config(f"configs/{name}.py"))
+  for name, vae in (
+    ("mar.py", MAR_VAE),
+    ("mar.py:512", MAR_VAE),
+    ("flux.py", FLUX_VAE),
+    ("flux.py:512", FLUX_VAE),
+    ("flux.py:flux2", FLUX2_VAE),
+    ("sd.py", SD_VAE),
+    ("demo.py", inputs.DEMO_VAE),
+  ):
+    settings = registry.resolve(cli.load_config(f"configs/{name}"))
     assert inputs.vae_config(settings.tokenizer) == vae
   there = runs.config(folder, tokenizer__quantizer=QuantizerConfig(4, (1,)))
   assert inputs.vae_config(there.tokenizer) == runs.VAE
