@@ -140,12 +140,7 @@ def test_convert(here, monkeypatch, capsys):
   convert_command = importlib.import_module("convert.__main__")
   monkeypatch.delitem(sys.modules, "convert.__main__")  # other tests run it as a program
   before, tried = tree(here), 0
-<<<<<<< HEAD
-  layouts = ["mar-vae", "flux-vae", "coda-mar", "coda-flux", "dino", "inception", "lpips"]
-  layouts += ["to-torch"]
-=======
   layouts = [*LAYOUTS, "to-torch"]
->>>>>>> 9e9c837 (Parquet: row groups are kept by one small class; tests count reads)
   for layout, value in itertools.product(layouts, (*VALUES, *PATHS)):
     for argv in ([layout, value, "--output", "out"], [layout, "mask.png", f"--output={value}"]):
       assert failure(convert_command._run, convert_command._parser(), argv, capsys), argv
