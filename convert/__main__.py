@@ -75,8 +75,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("to-torch", "TOKENIZER", "vae_ema.pth and quantizer_ema.pth of a tokenizer directory")
   sub = add("resize", "TOKENIZER", "the tokenizer directory for images of another size")
+  size = cli.integer(1, 2**15)
   sub.add_argument(
-    "--image-size", type=int, required=True, metavar="N", help="their side, in pixels"
+    "--image-size", type=size, required=True, metavar="N", help="their side in pixels"
   )
   return parser
 
