@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from coda_jax import arrays, outputs, weights
+from coda_jax import arrays, outputs, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig
@@ -149,7 +149,7 @@ def resize(tokenizer: Path, output: Path, *, image_size: int, overwrite: bool = 
   Raises:
     UserError: no tokenizer, or the VAE's stride does not divide the size.
   """
-  tokenizer, output = _expanded(tokenizer), _expanded(output)
+  tokenizer, output = storage.path(tokenizer), storage.path(output)
   outputs.check_output(output, "tokenizer", overwrite=overwrite, inputs=[tokenizer])
   config = _tokenizer_config(tokenizer)
   if image_size < 1:
@@ -161,7 +161,7 @@ def resize(tokenizer: Path, output: Path, *, image_size: int, overwrite: bool = 
   weights.write_directory(output, kind, fields, weights.read_arrays(tokenizer))
 
 
-def _tokenizer_config(tokenizer: pathlib.Path) -> TokenizerConfig:
+def _tokenizer_config(tokenizer: Path) -> TokenizerConfig:
   fields = weights.read_config(tokenizer, "tokenizer")
   del fields["fingerprint"]
   return weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")

@@ -66,8 +66,9 @@ def test_what_a_path_is(bucket, monkeypatch):
 
 
 def test_what_only_a_disk_or_google_has_is_refused(bucket, monkeypatch):
-  with pytest.raises(UserError, match="image folders are read from a disk alone; mount the bucket"):
-    sources.open_source("folder:gs://bucket/images")
+  for scheme in ("folder", "parquet", "webdataset"):
+    with pytest.raises(UserError, match="images are read from a disk alone; mount the bucket"):
+      sources.open_source(f"{scheme}:gs://bucket/images")
   monkeypatch.setitem(_registry, "s3", stores.MemoryStore)
   other = cli.path("s3://bucket/run")
   with pytest.raises(UserError, match="s3://bucket/run: checkpoints are written to a disk or"):

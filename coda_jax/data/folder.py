@@ -27,8 +27,8 @@ _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 _TRAIN = ("train", "training")
 SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
 _SHOWN = 3
-_ONLY_ON_DISK = (
-  "image folders are read from a disk alone; mount the bucket, or copy the images by "
+ONLY_ON_DISK = (
+  "images are read from a disk alone; mount the bucket, or copy the images by "
   "`coda_jax.data.sources.write_arrayrecord` and read arrayrecord:gs://BUCKET/FOLDER@SPLIT"
 )
 
@@ -101,7 +101,7 @@ class FolderSource:
   """
 
   def __init__(self, root: str | os.PathLike, split: str | None = None):
-    root = storage.on_disk(root, _ONLY_ON_DISK)
+    root = storage.on_disk(root, ONLY_ON_DISK)
     if not root.is_dir():
       raise UserError(f"image folder {root} does not exist or is not a folder")
     try:

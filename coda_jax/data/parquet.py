@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from coda_jax import storage
 from coda_jax.data import shards
 from coda_jax.data.decode import UnreadableImage
+from coda_jax.data.folder import ONLY_ON_DISK
 from coda_jax.data.labels import number_labels
 from coda_jax.data.records import first_line
 from coda_jax.errors import UserError
@@ -55,7 +57,7 @@ class ParquetSource:
 
   def __init__(self, path: str | os.PathLike, split: str | None = None):
     parquet = _pyarrow()
-    root = pathlib.Path(path).expanduser()
+    root = storage.on_disk(path, ONLY_ON_DISK)
     files = shards.find(root, split, ".parquet")
     self._files = [str(f) for f in files]
     self._stats = [_stat(f) for f in self._files]

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from coda_jax import storage
 from coda_jax.data import shards, tar_index
 from coda_jax.data.decode import UnreadableImage
+from coda_jax.data.folder import ONLY_ON_DISK
 from coda_jax.data.labels import number_labels
 from coda_jax.errors import UserError
 
@@ -30,7 +31,7 @@ class WebDatasetSource:
   """
 
   def __init__(self, path: str | os.PathLike, split: str | None = None):
-    root = pathlib.Path(path).expanduser()
+    root = storage.on_disk(path, ONLY_ON_DISK)
     files = shards.find(root, split, ".tar")
     name = split or (root.stem if root.is_file() else "all")
     self._where = f"webdataset:{root}" + (f"@{split}" if split else "")
