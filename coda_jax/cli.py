@@ -37,7 +37,7 @@ _QUIET_ENVIRONMENT = {
 _QUIET_LOGGERS = ("absl", "jax", "jaxlib", "orbax", "flax", "grain", "matplotlib", "PIL", "gcsfs")
 _NO_CACHE = "--no-compilation-cache"
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class UsageError(Exception):
@@ -289,4 +289,4 @@ def _exit_code(call: Callable[[], int | None], debug: bool) -> int:
     if debug:
       traceback.print_exc()
     print(f"error: {describe(e)}", file=sys.stderr, flush=True)
-    return _INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1
+    return INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1

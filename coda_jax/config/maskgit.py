@@ -6,6 +6,7 @@ from coda_jax.config.engine import ranged
 from coda_jax.config.schema import (
   DTYPES,
   CheckpointSettings,
+  DistributedSettings,
   EMASettings,
   EvalSettings,
   LoggingSettings,
@@ -116,6 +117,7 @@ class MaskGITTrainConfig:
   eval: EvalSettings = EvalSettings(lpips=False)
   checkpoint: CheckpointSettings = CheckpointSettings(best_metric="-loss")
   logging: LoggingSettings = LoggingSettings()
+  distributed: DistributedSettings = DistributedSettings()
   mesh: MeshSettings = MeshSettings(
     rules=(
       (r"\.kernel$", ("", "fsdp")),

@@ -14,6 +14,7 @@ MAY_CHANGE_ON_RESUME = (
   "checkpoint",
   "data.max_unreadable",
   "data.workers",
+  "distributed",
   "epochs",
   "fold",
   "logging",

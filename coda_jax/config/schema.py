@@ -133,6 +133,21 @@ class LoggingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedSettings:
+  """Several processes as one run; seconds.
+
+  Attributes:
+    heartbeat_timeout: silence after which a process counts as lost and ends the others.
+    initialization_timeout: wait for all processes at the start.
+    shutdown_timeout: wait for all processes at the end.
+  """
+
+  heartbeat_timeout: int = ranged(60, least=4)
+  initialization_timeout: int = ranged(300, least=1)
+  shutdown_timeout: int = ranged(300, least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSettings:
   """Devices and how arrays lie on them.
 

@@ -7,6 +7,7 @@ from coda_jax.config.schema import (
   DTYPES,
   REMAT,
   CheckpointSettings,
+  DistributedSettings,
   EMASettings,
   EvalSettings,
   LoggingSettings,
@@ -163,6 +164,7 @@ class TrainConfig:
   eval: EvalSettings = EvalSettings()
   checkpoint: CheckpointSettings = CheckpointSettings()
   logging: LoggingSettings = LoggingSettings()
+  distributed: DistributedSettings = DistributedSettings()
   mesh: MeshSettings = MeshSettings()
 
   def __post_init__(self):

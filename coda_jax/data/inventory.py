@@ -121,6 +121,25 @@ def check_unchanged(file: storage.Path, found: Mapping[str, Inventory], accept: 
     log.warning("going on with changed data: %s", change)
 
 
+def check_same(found: Mapping[str, Inventory], first: Mapping[str, Mapping]) -> None:
+  """Checks that this host sees the data that process 0 sees.
+
+  Args:
+    found: the data here, by the config's key.
+    first: the same of process 0, as JSON.
+
+  Raises:
+    UserError: this host sees others.
+  """
+  for key, here in found.items():
+    there = first[key]
+    if here.fingerprint != there["fingerprint"]:
+      raise UserError(
+        f"config.{key} {here.spec}: {here.images:,} images here and {there['images']:,} on process "
+        "0, or others; every host must see the same data: a shared folder, or a full copy on each"
+      )
+
+
 def write(file: storage.Path, found: Mapping[str, Inventory]) -> None:
   """Notes the data, by the config's key, for `check_unchanged`."""
   keys = ("spec", "images", "classes", "fingerprint")

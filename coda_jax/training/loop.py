@@ -4,8 +4,6 @@ import collections
 import contextlib
 import logging
 import os
-import signal
-import threading
 from collections.abc import Mapping
 
 import jax
@@ -19,6 +17,7 @@ from coda_jax.evaluation.metrics import short_line
 from coda_jax.outputs import write_text
 from coda_jax.training.checkpoints import Checkpoints
 from coda_jax.training.logging import Metrics, Progress
+from coda_jax.training.preemption import Preemption, Stopped
 from coda_jax.training.trainer import Trainer
 from coda_jax.training.workdir import CHECKPOINTS, PARAMETERS
 
@@ -32,6 +31,7 @@ def run(
   checkpoint: CheckpointSettings,
   logging_settings: LoggingSettings,
   config: Mapping,
+  preemption: Preemption | None = None,
 ) -> bool:
   """Trains from the last checkpoint of `workdir`, or from the start, to the end.
 
@@ -40,6 +40,9 @@ def run(
 
   A state is saved before it is evaluated, and the product is written before the last evaluation.
   An evaluation that fails is reported and the run goes on; only at the start it ends the run.
+
+  Args:
+    preemption: has been watching for signals; None watches from now on.
 
   Returns:
     True if the run is complete, False if SIGTERM or a preemption notice stopped it (saved).
@@ -70,7 +73,9 @@ def run(
     progress = enter(Progress(step, trainer.steps, trainer.images_per_step))
     for record in metrics.records("eval"):
       checkpoints.evaluated(record["step"], record)
-    preemption = stack.enter_context(_Preemption())
+    preemption = preemption or stack.enter_context(Preemption())
+    preemption.begin(checkpoints.wait)
+    trainer.check = preemption.check
     window = _Window(checkpoints)
     saved = start = step
 
@@ -84,13 +89,14 @@ def run(
         with progress.paused():
           checkpoints.save(step, state)
         saved = step
+      preemption.may_leave = True
 
     def evaluate() -> bool:
       """Whether no signal ended the evaluation."""
       try:
-        with progress.paused(), preemption.at_once(saved == step):
+        with progress.paused():
           values = trainer.evaluate(state)
-      except _Stopped:
+      except Stopped:
         return False
       except Exception as e:
         if step == 0 or jax.process_count() > 1:
@@ -103,6 +109,7 @@ def run(
       return True
 
     def stopped() -> bool:
+      save()
       checkpoints.wait()
       log.info("stopped by a signal; saved step %d of %d", step, trainer.steps)
       if preemption.interrupted:
@@ -123,8 +130,9 @@ def run(
           state, values = trainer.step(state, batch)
         step += 1
         window.add(step, values)
-        progress.advance(values)
-        stop = preemption.requested(step)
+        progress.advance(values)  # waits for the first update, which compiles: no loss until then
+        preemption.may_leave = False
+        stop = preemption.requested()
         if due(logging_settings.every):
           record = window.mean()
           record |= progress.report(step, {k: record[k] for k in trainer.shown if k in record})
@@ -145,7 +153,9 @@ def run(
           log.info("saved step %d of %d", step, trainer.steps)
       raise
     checkpoints.wait()
+    preemption.may_leave = False  # or a part of the product would stay
     trainer.export(state, workdir)
+    preemption.may_leave = True
     if not (done and start == step) and not evaluate():
       return stopped()
     return True
@@ -197,58 +207,3 @@ class _Window:
     self.check()
     fetched, self._fetched = self._fetched, []
     return {k: np.mean([v[k] for v in fetched], axis=0, dtype=np.float64) for k in fetched[0]}
-
-
-class _Stopped(BaseException):
-  """A signal ended an evaluation."""
-
-
-class _Preemption:
-  """Whether this job was told to stop (SIGTERM, Ctrl-C), agreed on by all processes.
-
-  A second Ctrl-C ends the process at once.
-  """
-
-  def __enter__(self):
-    self._received, self._at_once = 0, False
-    # With several processes jax itself takes SIGTERM and finds a step that all will reach.
-    self._distributed = jax.distributed.is_initialized()
-    main_thread = threading.current_thread() is threading.main_thread()
-    taken = (signal.SIGINT, *(() if self._distributed else (signal.SIGTERM,)))
-    self._previous = {s: signal.signal(s, self._receive) for s in taken if main_thread}
-    return self
-
-  def _receive(self, signum, frame):
-    self._received = signum
-    if signum == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.SIG_DFL)
-      log.info("stopping after this update; Ctrl-C again stops at once, with the last checkpoint")
-      if self._distributed:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if self._at_once:
-      raise _Stopped
-
-  @contextlib.contextmanager
-  def at_once(self, allowed: bool):
-    """A signal within the block ends it, if `allowed`: nothing that is not saved would be lost."""
-    self._at_once = allowed and not self._distributed
-    if self._at_once and self._received:
-      raise _Stopped
-    try:
-      yield
-    finally:
-      self._at_once = False
-
-  def requested(self, step: int) -> bool:
-    if self._distributed:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return bool(self._received)
-
-  @property
-  def interrupted(self) -> bool:
-    """Whether the signal was Ctrl-C."""
-    return self._received == signal.SIGINT
-
-  def __exit__(self, *exc):
-    for signum, handler in self._previous.items():
-      signal.signal(signum, handler)

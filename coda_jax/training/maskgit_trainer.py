@@ -215,7 +215,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     images = min(self.config.eval.images or len(self.eval_tokens), len(self.eval_tokens))
     batches = sharding.GlobalBatches(self._batches_of(self.eval_tokens, size, 0), self.mesh)
     total = np.zeros((3, len(self.model_config.patch_sizes)))
-    for i in range(-(-images // size)):
+    for i in self.checked(range(-(-images // size))):
       sums = self._evaluate(state.ema, self._frozen, self._key, next(batches), np.uint32(i))
       total += np.asarray(sums, np.float64)
     batches.close()

@@ -348,7 +348,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       max_unreadable=config.data.max_unreadable,
     ) as batches:
       function = functools.partial(self._reconstruct, state.ema, self._frozen)
-      return evaluate(function, batches, mesh=self.mesh).summary()
+      return evaluate(function, self.checked(batches), mesh=self.mesh).summary()
 
   def _reconstruct_batch(self, ema: Arrays, frozen, images: jax.Array) -> BatchResult:
     tokenizer = arrays.merge(self._networks.tokenizer, frozen["tokenizer"], ema)

@@ -2,7 +2,7 @@
 
 import abc
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -27,6 +27,7 @@ class TrainingState(Protocol):
 
 
 State = TypeVar("State", bound=TrainingState)
+T = TypeVar("T")
 Batch = TypeVar("Batch")  # a tree of arrays [accumulation, B, ...]
 
 
@@ -51,6 +52,7 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     eval_every: updates between evaluations; 0 evaluates at the end alone.
     steps: updates of the whole run.
     steps_per_epoch: updates of one pass over the data.
+    check: an evaluation calls it between batches, on every process; it may raise.
   """
 
   shown: ClassVar[tuple[str, ...]]
@@ -68,6 +70,7 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     sharding.check_batch("config.eval.batch_size", config.eval.batch_size, mesh)
     self.config, self.mesh = config, mesh
     self.images_per_step, self.eval_every = config.data.batch_size, config.eval.every
+    self.check: Callable[[], None] = lambda: None
 
   # A subclass has these.
 
@@ -175,6 +178,12 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     data = self.config.data
     local = self._local_batches(step * data.batch_size)
     return sharding.GlobalBatches(local, self.mesh, data.accumulation, self._picked)
+
+  def checked(self, batches: Iterable[T]) -> Iterator[T]:
+    """The batches of an evaluation, with a check ahead of each."""
+    for batch in batches:
+      self.check()
+      yield batch
 
   def overview(self, state: State) -> tuple[str, str]:
     """(a few lines, a table) about the arrays that train and those that do not."""
