@@ -23,14 +23,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed as jax_distributed
 
 from coda_jax import cli
-from coda_jax.config import DistributedSettings
+from coda_jax.config import DistributedSettings, to_json
+from coda_jax.data import inventory
 from coda_jax.errors import UserError, describe, one_line
 
 log = logging.getLogger("coda_jax")
@@ -243,6 +244,11 @@ class Hosts:
     if self.index == 0:
       self._put(key, json.dumps(value))
     return json.loads(self._get(key))
+
+  def check_same_data(self, found: Mapping[str, inventory.Inventory]) -> None:
+    """Raises UserError if this host sees other data than process 0; a collective."""
+    inventory.check_same(found, self.of_first("data", to_json(found)))
+    self.wait("the same data")
 
   # News: a sequence that all processes hear in one order.
 

@@ -3,7 +3,8 @@
 The same command continues a run that was stopped or killed: shards are written aside and renamed,
 and those that are there are kept, unless an image that could not be read now can be. Any number of
 processes, on one machine or on many that share the folder, may run the command at once: each takes
-shards that no other one holds, and those of a process that was killed.
+shards that no other one holds, and those of a process that was killed. On a TPU pod, whose chips
+start on all hosts together, add `--distributed`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from coda_jax import arrays, cli, outputs, storage, weights
+from coda_jax import arrays, cli, distributed, outputs, storage, weights
 from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
 
@@ -73,14 +74,22 @@ def parser() -> argparse.ArgumentParser:
     default=0,
     help="of the images' order and random crops",
   )
+  distributed.add_flags(p)
   return p
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes what is missing of the tokens; see the module's docstring."""
+  with distributed.joined(args) as hosts:
+    _run(args, hosts)
+
+
+def _run(args: argparse.Namespace, hosts: distributed.Hosts | None) -> None:
   source = sources.open_source(args.data)
   found = inventory.describe(source, args.data)
   found.log("--data")
+  if hosts is not None:
+    hosts.check_same_data({"--data": found})
   fields = weights.read_config(args.tokenizer, "tokenizer")
   images = len(source) * len(_views(args))
   shards = min(len(source), args.shards or -(-images // 10_000))

@@ -13,7 +13,6 @@ import logging
 import jax
 
 from coda_jax import cli, config, distributed, outputs, sharding
-from coda_jax.data import inventory
 from coda_jax.training import loop, registry
 from coda_jax.training import workdir as workdirs
 from coda_jax.training.preemption import Preemption
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
     fields, found = config.to_json(settings), trainer.inventory()
     if hosts is not None:
-      inventory.check_same(found, hosts.of_first("data", config.to_json(found)))
+      hosts.check_same_data({f"config.{key}": data for key, data in found.items()})
     if first:  # not before, so that a mistyped path claims no workdir
       for key, data in found.items():
         data.log(f"config.{key}")

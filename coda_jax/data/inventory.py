@@ -135,7 +135,7 @@ def check_same(found: Mapping[str, Inventory], first: Mapping[str, Mapping]) -> 
     there = first[key]
     if here.fingerprint != there["fingerprint"]:
       raise UserError(
-        f"config.{key} {here.spec}: {here.images:,} images here and {there['images']:,} on process "
+        f"{key} {here.spec}: {here.images:,} images here and {there['images']:,} on process "
         "0, or others; every host must see the same data: a shared folder, or a full copy on each"
       )
 
