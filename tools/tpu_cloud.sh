@@ -177,13 +177,13 @@ look() {  # sets verdict: bare, none, running, stopped, lost or an exit code; fa
   # shellcheck disable=SC2016  # the VM's shell expands it
   said=$(on_workers 'if [ -f coda_jax/tools/tpu_worker.sh ]; then
     bash coda_jax/tools/tpu_worker.sh state; else echo "@worker $(hostname) bare"; fi') || return 1
-  # A worker that fails takes others with it: preemptions and wrong usage count before other codes.
+  # A worker that is killed ends the others with 75, and a restarted VM is none that failed.
   verdict=$assumed_verdict
   [ -n "$dry_run" ] || verdict=$(awk '
-    $1 == "@worker" { n[$3]++; if ($3 == "ended" && $4 != 0) { n[$4]++; code = $4 } }
-    END { split("bare none stopped 2 75 lost", first)
-      for (i = 1; i <= 6; i++) if (first[i] in n) { print first[i]; exit }
-      print code ? code : "running" in n ? "running" : 0 }' <<<"$said")
+    $1 == "@worker" { n[$3]++; if ($3 == "ended" && $4 != 0) { n[$4]++; if ($4 != 75) code = $4 } }
+    END { split("bare none stopped 2 lost", first)
+      for (i = 1; i <= 5; i++) if (first[i] in n) { print first[i]; exit }
+      print code ? code : 75 in n ? 75 : "running" in n ? "running" : 0 }' <<<"$said")
 }
 
 finished() {  # 0: an artefact is there, 1: none is, 2: no answer

@@ -112,8 +112,9 @@ def in_batches(images: UInt8[np.ndarray, "n h w 3"], size: int) -> list[dict[str
 def of_all_processes(local: M) -> M:
   """Merges a metric or sums of all processes, in their order; a collective with one result for all.
 
-  Arrays are gathered as the bytes of an `.npz` file. Their lengths may differ between processes,
-  and float64 and int64 keep their bits, which a gather of JAX arrays would cut to 32.
+  One process after the other sends its arrays as the bytes of an `.npz` file, so that a host holds
+  two of them at a time, however many there are: counts are sums, and large. The lengths may differ,
+  and float64 and int64 keep their bits, which a sum of JAX arrays would cut to 32.
   """
   if jax.process_count() == 1:
     return local
@@ -121,12 +122,12 @@ def of_all_processes(local: M) -> M:
   file = io.BytesIO()
   np.savez(file, *arrays)
   ours = np.frombuffer(file.getvalue(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(ours)))
-  files = multihost_utils.process_allgather(np.pad(ours, (0, sizes.max() - len(ours))))
+  sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(ours))))
+  ours = np.pad(ours, (0, sizes.max() - len(ours)))
 
-  def read(file: np.ndarray) -> M:
-    with np.load(io.BytesIO(file.tobytes())) as found:
+  def of(process: int) -> M:
+    sent = multihost_utils.broadcast_one_to_all(ours, jax.process_index() == process)
+    with np.load(io.BytesIO(np.asarray(sent)[: sizes[process]].tobytes())) as found:
       return jax.tree.unflatten(structure, [found[name] for name in found.files])
 
-  parts = (read(file[:size]) for file, size in zip(files, sizes, strict=True))
-  return functools.reduce(lambda a, b: a.merge(b), parts)
+  return functools.reduce(lambda a, b: a.merge(b), map(of, range(len(sizes))))

@@ -96,18 +96,25 @@ def on_two_processes(monkeypatch, local: list) -> list:
   """What `of_all_processes` gives each of two threads that stand for two processes."""
   barrier, sent, found = threading.Barrier(2), [None, None], [None, None]
 
+  rank = lambda: int(threading.current_thread().name)
+
   def process_allgather(x):
     """As of `multihost_utils`: arrays must have one shape and no more than 32 bits."""
     x = np.asarray(x)
     assert x.dtype.itemsize <= 4
-    sent[int(threading.current_thread().name)] = x
+    sent[rank()] = x
     barrier.wait()
     everything = np.stack(sent)  # of one shape, or this raises
     barrier.wait()
     return everything
 
+  def broadcast_one_to_all(x, is_source):
+    return np.sum(process_allgather(x if is_source else np.zeros_like(x)), 0, x.dtype)
+
   monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", rank)
   monkeypatch.setattr(evaluator.multihost_utils, "process_allgather", process_allgather)
+  monkeypatch.setattr(evaluator.multihost_utils, "broadcast_one_to_all", broadcast_one_to_all)
 
   def run(rank: int):
     found[rank] = evaluator.of_all_processes(local[rank])
