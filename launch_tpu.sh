@@ -183,10 +183,11 @@ if [ "$subcommand" = up ] || [ "$subcommand" = babysit ]; then
   [ -n "$image" ] || wrong "--type=$type is not v4-, v5litepod-, v5p- or v6e-; add --image VERSION"
 fi
 
+joins() { [[ " ${command[*]} " =~ ' -m coda_jax.'(train|tokenize_dataset)' ' ]]; }
 trains() { [[ " ${command[*]} " = *' -m coda_jax.train '* ]]; }
 if [ "$subcommand" = run ] || [ "$subcommand" = babysit ]; then
   if ((${#command[@]})); then
-    ! trains || [[ " ${command[*]} " = *' --distributed '* ]] || command+=(--distributed)
+    ! joins || [[ " ${command[*]} " = *' --distributed '* ]] || command+=(--distributed)
     given=same
     [ ! -e "$state/command" ] ||
       printf '%s\0' "${command[@]}" | cmp -s - "$state/command" || given=other

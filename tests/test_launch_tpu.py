@@ -199,6 +199,9 @@ def test_distributed_is_added_once(cloud):
   assert f"{train} --distributed\n" in out
   out = cloud("babysit", *TPU, "--dry-run", "--", *train.split(), "--distributed")
   assert f"{train} --distributed\n" in out
+  tokenize = "python -m coda_jax.tokenize_dataset --output=/mnt/tokens"
+  out = cloud("babysit", *HERE, *TPU, "--dry-run", "--artefact=tokens", "--", *tokenize.split())
+  assert f"{tokenize} --distributed\n" in out
 
 
 def test_artefact_on_the_vm(cloud):

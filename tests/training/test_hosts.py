@@ -89,7 +89,8 @@ def checksums(workdir, step):
 def ids(workdir, folder):
   """Of the held-out photos."""
   source = sources.open_source(f"folder:{folder}/images@val")
-  pixels = [decode.resize_and_crop(decode.decode_image(source[i][0]), 16) for i in range(6)]
+  photos = [decode.decode_image(source[i][0]) for i in range(6)]
+  pixels = [decode.resize_and_crop(photo, 16, resize_ratio=1.125) for photo in photos]
   tokenizer = coda_jax.load_tokenizer(workdir / "run" / "tokenizer")
   return tokenizer.encode(np.stack(pixels).astype(np.float32) / 127.5 - 1)
 
