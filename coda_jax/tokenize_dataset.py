@@ -23,6 +23,7 @@ import numpy as np
 from coda_jax import arrays, cli, distributed, outputs, storage, weights
 from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
+from coda_jax.hosts import Hosts
 
 log = logging.getLogger("coda_jax")
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     _run(args, hosts)
 
 
-def _run(args: argparse.Namespace, hosts: distributed.Hosts | None) -> None:
+def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
   source = sources.open_source(args.data)
   found = inventory.describe(source, args.data)
   found.log("--data")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coda_jax import cli
-from coda_jax.distributed import Hosts, leave
+from coda_jax.hosts import Hosts, leave
 
 log = logging.getLogger("coda_jax")
 GRACE = 10.0  # seconds that the main thread has to see a signal
