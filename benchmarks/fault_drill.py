@@ -72,6 +72,7 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, count: int) -> list[subpr
   """The run, over `count` processes."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
@@ -134,10 +135,15 @@ def main() -> None:
     folder = pathlib.Path(name)
     runs.make_inputs(folder)
     (folder / "config.py").write_text(CONFIG.format(folder=name, steps=steps))
-    alone = start(folder, folder / "alone", count)
+    alone, records, began = start(folder, folder / "alone", count), "alone/metrics.jsonl", 0.0
+    while not began and alone[0].poll() is None:
+      time.sleep(0.01)
+      if (folder / records).exists() and '"train"' in (folder / records).read_text():
+        began = time.monotonic()
     ended = [run.communicate()[1] for run in alone]
     if any(run.returncode for run in alone):
       sys.exit("\n".join(ended))
+    longest = 1.5 * (time.monotonic() - began) / args.kills  # between start and kill
     workdir, kills = folder / "killed", 0
     while True:
       processes = start(folder, workdir, count)
@@ -146,7 +152,7 @@ def main() -> None:
       while kills < args.kills and run.poll() is None and not file.exists():
         time.sleep(0.005)
       if kills < args.kills:
-        time.sleep(rng.uniform(0, 1.5 * count))
+        time.sleep(rng.uniform(0, longest))
         what, sent = doing(file, workdir), rng.choice([signal.SIGKILL, signal.SIGTERM])
         if run.poll() is None:
           run.send_signal(sent)
