@@ -28,6 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 PHASE = "phase.txt"  # with the process's number before it
+UPDATED = "updated.txt"  # likewise; there after the first update
 STEPS = {1: 240}  # else 60
 AGAIN = 75
 CONFIG = """
@@ -46,6 +47,7 @@ def child(process: str, words: list[str]) -> None:
   """Trains, and keeps a file that says what the process is doing."""
   from coda_jax import train
   from coda_jax.sharding import GlobalBatches
+  from coda_jax.training.loop import _Window as window_type
   from coda_jax.training.tokenizer_trainer import TokenizerTrainer
 
   file = pathlib.Path(process + PHASE)
@@ -65,6 +67,13 @@ def child(process: str, words: list[str]) -> None:
   telling(TokenizerTrainer, "evaluate", "evaluation")
   telling(TokenizerTrainer, "export", "export")
   telling(GlobalBatches, "__next__", "reading data")
+  updated = window_type.add
+
+  def adding(self, *args):
+    pathlib.Path(process + UPDATED).touch()
+    return updated(self, *args)
+
+  window_type.add = adding
   train.main(words)
 
 
@@ -83,7 +92,8 @@ def start(folder: pathlib.Path, workdir: pathlib.Path, count: int) -> list[subpr
     join = [f"--coordinator=localhost:{s.getsockname()[1]}", f"--num-processes={count}"]
   processes = []
   for i in range(count):
-    (folder / f"{i}{PHASE}").unlink(missing_ok=True)
+    for name in (PHASE, UPDATED):
+      (folder / f"{i}{name}").unlink(missing_ok=True)
     join_i = [*join, f"--process-id={i}"] if count > 1 else []
     processes.append(
       subprocess.Popen(
@@ -149,7 +159,9 @@ def main() -> None:
       processes = start(folder, workdir, count)
       victim = rng.randrange(count)
       run, file = processes[victim], folder / f"{victim}{PHASE}"
-      while kills < args.kills and run.poll() is None and not file.exists():
+      # Most kills are after the first update, of which the compilation takes longer than the rest.
+      awaited = file if rng.random() < 0.25 else folder / f"{victim}{UPDATED}"
+      while kills < args.kills and run.poll() is None and not awaited.exists():
         time.sleep(0.005)
       if kills < args.kills:
         time.sleep(rng.uniform(0, longest))

@@ -80,12 +80,13 @@ class Preemption:
       log.info("stopping after this update; Ctrl-C again stops at once, with the last checkpoint")
 
   def _listen(self) -> None:
-    while number := self._reader.recv(1):
-      if number[0] in self._previous:
-        self._received = number[0]
-        if self._hosts is not None:
-          self._hosts.stop()
-        self._start_leaving()
+    with contextlib.suppress(OSError):  # closed
+      while number := self._reader.recv(1):
+        if number[0] in self._previous:
+          self._received = number[0]
+          self._start_leaving()
+          if self._hosts is not None:
+            self._hosts.stop()
 
   def _start_leaving(self) -> None:
     if self._leaving is None:
