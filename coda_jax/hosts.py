@@ -145,7 +145,7 @@ class Hosts:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
           # Until all have heard it: process 0 holds the store.
           there = [i for i in range(self.count) if i != news.get("lost")]
-          self._client.wait_at_barrier(f"{_PREFIX}/ended", 10_000, there)
+          self._client.wait_at_barrier(f"{_PREFIX}/ended", 20_000, there)
         end(news["line"], news["code"])
 
   def _silent(self) -> int | None:
@@ -197,7 +197,7 @@ class Hosts:
     code = cli.INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._announce(line=line, code=code)
-      self.wait("ended", 10)
+      self.wait("ended", 20)
     atexit.register(leave, code)  # before jax's own, which would wait for the others
     return line
 

@@ -14,7 +14,8 @@ from coda_jax import cli, config, distributed
 from coda_jax.errors import UserError
 
 def run(args):
-  with distributed.joined(args, config.DistributedSettings(heartbeat_timeout=4)) as hosts:
+  seconds = 8 if args.what in ("is killed", "breaks") else 60  # a busy machine is silent for long
+  with distributed.joined(args, config.DistributedSettings(heartbeat_timeout=seconds)) as hosts:
     hosts.wait("begin")
     if str(hosts.index) == args.who:
       if args.what == "fails":
@@ -45,7 +46,7 @@ def run(what, who):
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_failure_of_one_process_ends_all_with_its_line(who):
   codes, errors, _ = run("fails", who)
-  assert codes == [1, 1]
+  assert codes == [1, 1], errors
   for error in errors:
     assert error.startswith(f"error: process {who} on ")
     assert error.endswith(": photos: not on this host") and error.count("\n") == 0
@@ -57,7 +58,7 @@ def test_a_lost_process_is_named_by_the_other(who):
   assert codes[who] == -signal.SIGKILL and codes[1 - who] == 75, errors
   line = errors[1 - who]
   assert line.startswith(f"error: lost process {who} on ") and line.count("\n") == 0, line
-  assert "run the same command again" in line and seconds < 60
+  assert "run the same command again" in line and seconds < 100
 
 
 @pytest.mark.slow
