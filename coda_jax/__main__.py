@@ -13,6 +13,7 @@ COMMANDS = {
   "visualize": "a report of a tokenizer",
   "tokenize_dataset": "the tokens of an image set",
   "generate": "images of classes",
+  "serve": "a web page to try a tokenizer and a generator",
   "compile_check": "does it fit a TPU pod, and how fast can it be",
 }
 
