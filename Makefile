@@ -16,6 +16,7 @@ test: $(VENV)/.done lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.done lint docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[serve]' playwright
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 # The lowest versions that pyproject.toml allows for $(PYTHON), in a fresh environment.

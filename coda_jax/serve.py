@@ -82,15 +82,24 @@ class Levels:
       codes = len(np.unique(grid))
       rows.append([level, f"{h} x {w}", codes, round(bits), f"{bits / picture[..., 0].size:.2f}"])
       rows[-1].append(f"{quality:.2f}")
-    maps = [figures.thumbnail(self._colours[np.asarray(grid[0])]) for grid in ids]
-    side = 128
-    tiles = [
-      np.asarray(Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST)) for m in maps
-    ]
-    columns = math.ceil(len(tiles) / 2)
-    tiles += [np.full_like(tiles[0], 255)] * (2 * columns - len(tiles))
-    lines = [np.concatenate(tiles[i : i + columns], 1) for i in (0, columns)]
-    return list(made), Image.fromarray(np.concatenate(lines)), rows
+    tiles = [self._colours[np.asarray(grid[0])] for grid in ids]
+    return list(made), _tiled(tiles), rows
+
+
+def _shown(image: np.ndarray) -> Image.Image:
+  """A picture for the page: small ones enlarged, pixel by pixel."""
+  return Image.fromarray(figures.thumbnail(image))
+
+
+def _tiled(images: list[np.ndarray], side: int = 128, gap: int = 8) -> Image.Image:
+  """Small pictures in two rows, each brought to side x side pixels."""
+  columns = math.ceil(len(images) / 2)
+  step = side + gap
+  sheet = Image.new("RGB", (columns * step - gap, 2 * step - gap), "white")
+  for i, image in enumerate(images):
+    tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+    sheet.paste(tile, (i % columns * step, i // columns * step))
+  return sheet
 
 
 @arrays.jit_module
@@ -137,7 +146,7 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
   @answered
   def look(file, level):
     found = {n: view(read_picture(file, view.size)) for n, view in views.items()}
-    original = Image.fromarray(read_picture(file, views[names[0]].size))
+    original = _shown(read_picture(file, views[names[0]].size))
     kept = {n: made for n, (made, *_) in found.items()}
     rest = [x for n in names for x in found[n][1:]]
     return [kept, original, *at_level(kept, level), *rest]
@@ -145,7 +154,7 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
   def at_level(kept, level):
     if not kept:
       return [None] * len(names)
-    return [Image.fromarray(kept[n][min(int(level), len(kept[n])) - 1]) for n in names]
+    return [_shown(kept[n][min(int(level), len(kept[n])) - 1]) for n in names]
 
   with gr.Blocks(title="coda_jax", delete_cache=(_KEPT, _KEPT), analytics_enabled=False) as blocks:
     gr.Markdown(
