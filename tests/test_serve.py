@@ -142,9 +142,14 @@ def test_two_hundred_requests_of_ten_users_are_all_answered(tmp_path):
 
   with _served(tmp_path, 7874) as address:
     client = Client(address, verbose=False)
-    ask = lambda seed: client.predict("cat", "2", 1.0, seed, api_name="/generate")
+
+    def user(number):
+      own = Client(address, verbose=False)
+      seeds = range(20 * number, 20 * number + 20)
+      return [own.predict("cat", "2", 1.0, seed, api_name="/generate") for seed in seeds]
+
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-      answers = list(pool.map(ask, range(200)))
+      answers = [a for found in pool.map(user, range(10)) for a in found]
     assert len(answers) == 200 and all(len(a) == 4 for a in answers)
     with pytest.raises(Exception, match="no class|not in the list|dog"):
       client.predict("no such class", "2", 1.0, 0, api_name="/generate")
