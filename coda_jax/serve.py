@@ -182,7 +182,9 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
           details += [tiles, table]
       outputs = [kept, original, *shown, *details]
       file.upload(look, [file, level], outputs, api_name="look")
-      level.change(at_level, [kept, level], shown, show_progress="hidden", api_visibility="private")
+      only = lambda kept, level: at_level(kept, level)[0]  # Gradio takes no list of one
+      change = only if len(names) == 1 else at_level
+      level.change(change, [kept, level], shown, show_progress="hidden", api_visibility="private")
     if generator is not None:
       _generator_tabs(gr, generator, answered)
   return blocks.queue(max_size=_WAITING, default_concurrency_limit=1)
