@@ -35,7 +35,12 @@ from coda_jax.training.logging import read_metrics
 
 
 def parser() -> argparse.ArgumentParser:
-  p = cli.Parser(prog="python -m coda_jax.generate", description="Generates images of classes.")
+  p = cli.Parser(
+    prog="python -m coda_jax.generate",
+    description="Generates images of classes.",
+    epilog="example: python -m coda_jax.generate --model runs/maskgit/generator --classes 207,360"
+    " --steps 8 --output samples",
+  )
   p.add_argument("--model", required=True, metavar="DIR", type=cli.path, help="the generator")
   p.add_argument(
     "--classes",

@@ -43,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
   p = cli.Parser(
     prog="python -m coda_jax.reconstruct",
     description="Brings images through a tokenizer and back, beside its continuous VAE.",
+    epilog="example: python -m coda_jax.reconstruct --tokenizer runs/flux/tokenizer"
+    " --images photos/ --output out",
   )
   p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path, help="the tokenizer")
   p.add_argument(

@@ -36,7 +36,10 @@ _ORDER = 2  # the version of which images a shard holds; manifests without it ar
 
 def parser() -> argparse.ArgumentParser:
   p = cli.Parser(
-    prog="python -m coda_jax.tokenize_dataset", description="Writes the tokens of an image set."
+    prog="python -m coda_jax.tokenize_dataset",
+    description="Writes the tokens of an image set.",
+    epilog="example: python -m coda_jax.tokenize_dataset --tokenizer runs/flux/tokenizer"
+    " --data folder:imagenet@train --output tokens/flux/train",
   )
   p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path)
   p.add_argument("--data", required=True, metavar="SPEC", help="for example folder:PATH@train")

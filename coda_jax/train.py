@@ -21,7 +21,11 @@ log = logging.getLogger("coda_jax")
 
 
 def parser() -> argparse.ArgumentParser:
-  p = cli.Parser(prog="python -m coda_jax.train", description=__doc__)
+  p = cli.Parser(
+    prog="python -m coda_jax.train",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   p.add_argument("--workdir", type=cli.path, help="folder of the run (runs/CONFIG[_ARGUMENT])")
   p.add_argument(
     "--accept-changed-data",
@@ -58,10 +62,21 @@ def run(args: argparse.Namespace) -> int:
         data.log(f"config.{key}")
       workdirs.check_data(workdir, found, args.accept_changed_data)
       workdirs.claim(workdir, fields, found)
+    log.info("%s", _plan(trainer))
     if not loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields, preemption):
       return cli.RUN_AGAIN
   log.info("done: %s", workdir / trainer.product)
   return 0
+
+
+def _plan(trainer) -> str:
+  """What the run will do, in one line."""
+  mesh, devices = trainer.mesh, trainer.mesh.devices
+  axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+  return (
+    f"{trainer.steps:,} updates of {trainer.images_per_step} images on {devices.size} "
+    f"{devices.flat[0].device_kind}{f' ({axes})' if axes else ''}"
+  )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ log = logging.getLogger("coda_jax")
 
 
 def parser() -> argparse.ArgumentParser:
-  p = cli.Parser(prog="python -m coda_jax.visualize", description="Writes a report on a tokenizer.")
+  p = cli.Parser(
+    prog="python -m coda_jax.visualize",
+    description="Writes a report on a tokenizer.",
+    epilog="example: python -m coda_jax.visualize --tokenizer runs/flux/tokenizer"
+    " --data folder:imagenet@val --output report",
+  )
   p.add_argument("--tokenizer", required=True, metavar="DIR", type=cli.path, help="the tokenizer")
   p.add_argument(
     "--data", required=True, metavar="SPEC", help="images, for example folder:PATH@val"
