@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from coda_jax import storage
+from coda_jax import cards, storage
 from coda_jax.errors import UserError, one_line
 
 try:
@@ -85,6 +85,9 @@ def _written_by(folder: storage.Path, kind: str) -> set[str]:
   except (OSError, ValueError, KeyError, TypeError):
     return set()
   inner = {os.path.join("tokenizer", name) for name in WEIGHTS} if kind == "generator" else set()
+  with contextlib.suppress(OSError, ValueError):
+    if cards.MARK in (folder / cards.FILE).read_text():
+      inner.add(cards.FILE)
   return {*WEIGHTS, *inner}
 
 

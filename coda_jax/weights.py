@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -23,7 +24,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from coda_jax import arrays, outputs, storage
+from coda_jax import arrays, cards, outputs, storage
 from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -138,9 +139,14 @@ def fingerprint(fields: Mapping, flat: Arrays) -> str:
 
 
 def write_directory(
-  path: Path, kind: str, fields: Mapping, flat: Arrays, include: Mapping[str, Path] | None = None
+  path: Path,
+  kind: str,
+  fields: Mapping,
+  flat: Arrays,
+  include: Mapping[str, Path] | None = None,
+  made: Mapping[str, typing.Any] | None = None,
 ) -> None:
-  """Writes `config.json` and `model.safetensors`; a directory of the same kind is replaced.
+  """Writes config, weights and a model card; a directory of the same kind is replaced.
 
   Args:
     path: the directory.
@@ -149,6 +155,7 @@ def write_directory(
     flat: arrays by dotted path, of any float type and strides; kept as float32. Only one of them
       is copied at a time, so `convert` can hand over views of a mapped file.
     include: directories of weights that are copied into it, by their names there.
+    made: where the weights come from, for the card.
 
   Raises:
     UserError: an array is not finite, named, or `path` holds something else, which would be lost;
@@ -163,6 +170,8 @@ def write_directory(
   with outputs.written_aside(path, kind, marker=False) as aside:
     _save_safetensors(flat, aside / "model.safetensors")
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    parameters = sum(math.prod(x.shape) for x in flat.values())
+    (aside / cards.FILE).write_text(cards.card(kind, config, parameters, made or {}))
     for name, source in (include or {}).items():
       (aside / name).mkdir()
       for file in outputs.WEIGHTS:
@@ -259,9 +268,12 @@ def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[VAE] = Aut
   return build(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path))
 
 
-def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-  """Saves a tokenizer with its adapters as they are."""
-  write_directory(path, "tokenizer", dataclasses.asdict(tokenizer.config), _numpy(tokenizer))
+def save_tokenizer(
+  tokenizer: Tokenizer, path: Path, made: Mapping[str, typing.Any] | None = None
+) -> None:
+  """Saves a tokenizer with its adapters as they are; `made` says on its card how it came to be."""
+  fields = dataclasses.asdict(tokenizer.config)
+  write_directory(path, "tokenizer", fields, _numpy(tokenizer), made=made)
 
 
 def load_tokenizer(
@@ -378,11 +390,13 @@ def save_generator(
   path: Path,
   class_names: typing.Sequence[str] = (),
   order: str = "uniform",
+  made: Mapping[str, typing.Any] | None = None,
 ) -> None:
   """Saves a generator with a copy of its tokenizer at `path`/tokenizer.
 
   Args:
     order: in which training masked the tokens (`config.MaskingSettings`).
+    made: how it came to be, for its card.
 
   Raises:
     UserError: the tokenizer's levels or codes are not the model's.
@@ -395,7 +409,7 @@ def save_generator(
     "order": order,
     "tokenizer_fingerprint": tokenizer["fingerprint"],
   }
-  write_directory(path, "generator", fields, _numpy(model), {"tokenizer": tokenizer_dir})
+  write_directory(path, "generator", fields, _numpy(model), {"tokenizer": tokenizer_dir}, made)
 
 
 def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[MaskGIT, dict]:

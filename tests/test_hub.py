@@ -42,7 +42,7 @@ def test_a_directory_is_pushed_loaded_by_revision_and_kept_offline(tmp_path):
   expected = weights.read_config(tmp_path / "tokenizer", "tokenizer")["fingerprint"]
   with hub_server.serve() as (address, repos):
     assert in_process(address, tmp_path / "home", push).splitlines()[0].endswith("2".zfill(40))
-    assert sorted(repos["me/tok"][0]) == ["config.json", "model.safetensors"]
+    assert sorted(repos["me/tok"][0]) == ["README.md", "config.json", "model.safetensors"]
     assert in_process(address, tmp_path / "home2", load).split() == [expected] * 3
     wrong = """
       from coda_jax import api, errors

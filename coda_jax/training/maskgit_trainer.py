@@ -240,4 +240,5 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
         workdir / self.product,
         self.class_names,
         self.config.masking.order,
+        self.origin(state, workdir),
       )

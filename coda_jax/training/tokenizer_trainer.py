@@ -361,7 +361,8 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     ema, frozen = sharding.gather((state.ema, self._frozen["tokenizer"]), self.mesh)
     if jax.process_index() == 0:
       tokenizer = arrays.merge(self._networks.tokenizer, frozen, ema)
-      weights.save_tokenizer(tokenizer, workdir / self.product)
+      made = {"continuous VAE": self.config.tokenizer.vae, **self.origin(state, workdir)}
+      weights.save_tokenizer(tokenizer, workdir / self.product, made)
 
 
 def _perplexity(counts: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from coda_jax import sharding, storage
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.data.inventory import Inventory
 from coda_jax.training import checkpoints
-from coda_jax.training.logging import parameter_summary, parameter_table
+from coda_jax.training.logging import parameter_summary, parameter_table, read_metrics
 
 
 @runtime_checkable
@@ -28,6 +28,7 @@ class TrainingState(Protocol):
 
 State = TypeVar("State", bound=TrainingState)
 T = TypeVar("T")
+_ON_CARDS = ("psnr", "ssim", "lpips", "codebook_utilization", "loss")  # of evaluations
 Batch = TypeVar("Batch")  # a tree of arrays [accumulation, B, ...]
 
 
@@ -114,6 +115,18 @@ class Trainer(abc.ABC, Generic[State, Batch]):
   @abc.abstractmethod
   def evaluate(self, state: State) -> dict[str, float]:
     """Metrics of the averaged weights on held-out data; {} without any."""
+
+  def origin(self, state: State, workdir: storage.Path) -> dict[str, str]:
+    """How a product came to be, for its card."""
+    updates = int(jax.device_get(state.step))
+    rows = {"trained on": f"`{self.config.data.train}`"}
+    rows["updates"] = f"{updates:,} of {self.images_per_step} images; averaged weights"
+    evaluations = [r for r in read_metrics(workdir) if r["kind"] == "eval"]
+    if evaluations:
+      last = evaluations[-1]
+      values = [f"{k} {last[k]:.4g}" for k in _ON_CARDS if isinstance(last.get(k), float)]
+      rows["evaluated"] = f"`{self.config.data.eval}`, update {last['step']:,}: {', '.join(values)}"
+    return rows
 
   @abc.abstractmethod
   def export(self, state: State, workdir: storage.Path) -> None:

@@ -1,0 +1,57 @@
+"""The model card, `README.md`, of a directory of weights: for people, and for a model hub."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+FILE = "README.md"
+MARK = "<!-- written by coda_jax, and again when the weights are; without this line it is kept -->"
+
+_LOADERS = {"vae": "load_vae", "tokenizer": "load_tokenizer", "generator": "load_generator"}
+
+
+def card(kind: str, config: Mapping[str, Any], parameters: int, made: Mapping[str, Any]) -> str:
+  """The text of a card, Markdown with the front matter that model hubs read.
+
+  Args:
+    kind: `vae`, `tokenizer`, `generator`, or the name of a frozen network.
+    config: the fields of `config.json`.
+    parameters: numbers in the weights.
+    made: where they come from, by name, in the order in which it is shown.
+  """
+  rows = {**_shape(kind, config), "parameters": f"{parameters:,}", **made}
+  rows["fingerprint"] = f"`{config['fingerprint']}`"
+  lines = ["---", "license: unknown", "library_name: coda_jax", "tags: [jax, coda]", "---", ""]
+  lines += [f"# {kind[0].upper()}{kind[1:]}", "", "| | |", "|---|---|"]
+  lines += [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows.items()]
+  if kind in _LOADERS:
+    code = f"model = coda_jax.{_LOADERS[kind]}(DIRECTORY)  # or hf://OWNER/NAME"
+    lines += ["", "```python", "import coda_jax", "", code, "```"]
+  lines += ["", "The licence is that of the weights it was made from; name it above.", "", MARK, ""]
+  return "\n".join(lines)
+
+
+def _shape(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
+  if kind == "tokenizer":
+    q, lora = config["quantizer"], config["lora"]
+    tokens = sum(p * p for p in q["patch_sizes"])
+    bits = tokens * math.log2(q["codebook_size"])
+    return {
+      "images": f"{config['image_size']} x {config['image_size']}",
+      "tokens of an image": f"{tokens:,} in {len(q['patch_sizes'])} levels, {bits:,.0f} bits",
+      "codes": f"{q['codebook_size']:,}, {q['lookup']} look-up",
+      "adapters": f"LoRA of rank {lora['rank']}" if lora else "none",
+      **_shape("vae", config),
+    }
+  if kind == "vae":
+    vae = config["vae"]
+    down = 2 ** (len(vae["ch_mult"]) - 1)
+    return {"VAE": f"{down}x downsampling, {vae['z_channels']} channels"}
+  if kind == "generator":
+    m = config["maskgit"]
+    return {
+      "classes": f"{m['num_classes']:,}",
+      "transformer": f"{m['width']} wide, {m['depth'] + 1} blocks, {m['heads']} heads",
+      "tokenizer": f"`{config['tokenizer_fingerprint']}`, in `tokenizer/`",
+    }
+  return {}
