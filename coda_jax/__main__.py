@@ -9,6 +9,7 @@ from coda_jax import __version__
 COMMANDS = {
   "convert": "published PyTorch weights to our directories, and back",
   "train": "a tokenizer or a generator, by a config",
+  "eval": "how good reconstructions or samples are",
   "reconstruct": "images through a tokenizer and back",
   "visualize": "a report of a tokenizer",
   "tokenize_dataset": "the tokens of an image set",

@@ -15,9 +15,10 @@ import logging
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -305,3 +306,50 @@ def locked(
       reason = getattr(e, "strerror", None) or one_line(e) or type(e).__name__
       raise UserError(f"{option}={folder} cannot be written: {reason}") from e
     yield
+
+
+def shared(
+  folder: storage.Path, tasks: Iterable[int], do: Callable[[int], None], name: str
+) -> None:
+  """Runs `do(i)` for every task, each while no other process of the folder runs it.
+
+  Processes that run the same tasks share them: each takes what no other one holds (a lock file a
+  task), and what a process that was killed held. `do` is called for every task here too, so it
+  first looks whether the task's result is there. All processes end when the last task is done.
+
+  Args:
+    folder: exists; it holds the lock files.
+    tasks: numbers, in the order in which this process takes them.
+    name: of the tasks, for the line that says that this process waits.
+  """
+  left, told = list(tasks), False
+  while left:
+    others = []
+    for i in left:
+      with held(folder / f"{LOCK}-{i}") as holder:
+        if holder:
+          others.append(i)
+        else:
+          do(i)
+    if others and len(others) == len(left):
+      if not told:
+        log.info("%s: waiting for %d %s of other processes", folder, len(others), name)
+      told = True
+      time.sleep(0.2)
+    left = others
+
+
+@contextlib.contextmanager
+def present(folder: storage.Path) -> Iterator[None]:
+  """Lists this process among the `writers` of a folder while the block runs."""
+  with held(folder / f"{LOCK}-{socket.gethostname()}-{os.getpid()}"):
+    yield
+
+
+def writers(folder: storage.Path) -> list[str]:
+  """The processes that hold a task or are `present`. Removes the lock files of killed ones."""
+  found = []
+  for file in folder.glob(f"{LOCK}-*"):
+    with held(file) as holder:
+      found += [holder] if holder else []
+  return found

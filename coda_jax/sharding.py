@@ -124,3 +124,12 @@ def to_global(local: np.ndarray, sharding: NamedSharding, axis: int = 0) -> jax.
   shape = list(local.shape)
   shape[axis] *= jax.process_count()
   return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
+
+
+def over_local_devices(x):
+  """`x` split over this process's devices along its first axis, if they divide it."""
+  devices = jax.local_devices()
+  if len(devices) == 1 or len(x) % len(devices):
+    return x
+  mesh = Mesh(np.asarray(devices), ("data",))
+  return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))

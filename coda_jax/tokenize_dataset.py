@@ -12,9 +12,6 @@ import concurrent.futures
 import contextlib
 import json
 import logging
-import os
-import socket
-import time
 from collections.abc import Callable
 
 import jax
@@ -29,7 +26,6 @@ log = logging.getLogger("coda_jax")
 
 _SOURCE = "source_fingerprint"  # of the images; older manifests have none
 _LEFT_OUT = "unreadable image %s (%s): left out"
-_HELD = f"{outputs.LOCK}-"  # and a shard's number, or a process
 _WAIT = 60.0  # seconds for another process to write a manifest
 _ORDER = 2  # the version of which images a shard holds; manifests without it are of version 1
 
@@ -120,8 +116,7 @@ def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
       if _claim(args.output, manifest):
         log.info("%s is complete", args.output)
         return
-      mine = f"{_HELD}{socket.gethostname()}-{os.getpid()}"
-      stack.enter_context(outputs.held(args.output / mine))
+      stack.enter_context(outputs.present(args.output))
     _write(args, source, manifest)
 
 
@@ -131,29 +126,20 @@ def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict
   encode = _encoder(args.tokenizer, manifest["codebook_size"])
   order = rng.generator(args.seed, rng.Stream.TOKEN_ORDER).permutation(len(source))
   first = jax.process_index() * len(shards) // jax.process_count()
-  left, told = [*range(first, len(shards)), *range(first)], False
   bad = []
-  while left:
-    others = []
-    for i in left:
-      file = args.output / shards[i]["file"]
-      with outputs.held(args.output / f"{_HELD}{i}") as holder:
-        if holder:
-          others.append(i)
-          continue
-        counts = _kept(args, source, size, file)
-        if counts is None:
-          rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
-          counts = _write_shard(args, source, rows, encode, size, file)
-          log.info("%s: shard %d of %d", args.output, i + 1, len(shards))
-      shards[i] |= {key: counts[key] for key in ("images", "unreadable")}
-      bad += counts.get("unreadable_rows", [])
-    if others and len(others) == len(left):
-      if not told:
-        log.info("%s: waiting for %d shards of other processes", args.output, len(others))
-      told = True
-      time.sleep(0.2)
-    left = others
+
+  def write(i: int) -> None:
+    file = args.output / shards[i]["file"]
+    counts = _kept(args, source, size, file)
+    if counts is None:
+      rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
+      counts = _write_shard(args, source, rows, encode, size, file)
+      log.info("%s: shard %d of %d", args.output, i + 1, len(shards))
+    shards[i] |= {key: counts[key] for key in ("images", "unreadable")}
+    bad.extend(counts.get("unreadable_rows", []))
+
+  tasks = [*range(first, len(shards)), *range(first)]
+  outputs.shared(args.output, tasks, write, "shards")
   manifest |= {"images": sum(s["images"] for s in shards), "unreadable": len(bad)}
   if pipeline.too_many_unreadable(len(bad), len(source), args.max_unreadable):
     names = ", ".join(source.name(row) for row in sorted(bad)[:3])
@@ -164,7 +150,7 @@ def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict
     )
   with outputs.locked(args.output, "--output", wait=_WAIT):
     _write_json(args.output / tokens.MANIFEST, manifest | {"complete": True})
-    _writers(args.output)
+    outputs.writers(args.output)
   log.info("%s: tokens of %d images", args.output, manifest["images"])
 
 
@@ -195,7 +181,7 @@ def _claim(output: storage.Path, manifest: dict) -> bool:
     return False
   there = tokens.read_manifest(output)
   started = any((output / shard["file"]).is_file() for shard in there["shards"])
-  if not started and not _writers(output):
+  if not started and not outputs.writers(output):
     _write_json(file, manifest)  # a first try that made nothing protects nothing
     return False
   for key, ours in manifest.items():
@@ -221,15 +207,6 @@ def _claim(output: storage.Path, manifest: dict) -> bool:
       "remove it or take a new --output"
     )
   return complete
-
-
-def _writers(output: storage.Path) -> list[str]:
-  """The processes that write shards there now. Removes the lock files of those that were killed."""
-  writers = []
-  for file in output.glob(f"{_HELD}*"):
-    with outputs.held(file) as holder:
-      writers += [holder] if holder else []
-  return writers
 
 
 def _write_json(file: storage.Path, value: dict) -> None:

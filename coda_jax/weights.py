@@ -37,6 +37,7 @@ from coda_jax.models.vae import AutoencoderKL, VAEConfig
 from coda_jax.models.vgg import STAGES
 
 FORMAT_VERSION = 1
+_AVERAGED = "averaged"  # in the metadata of model.safetensors, which decides no fingerprint
 INCEPTION = "checkpoints/inception"  # where commands look for FID's Inception
 Path = str | os.PathLike
 Arrays = Mapping[str, np.ndarray | jax.Array]
@@ -145,6 +146,8 @@ def write_directory(
   flat: Arrays,
   include: Mapping[str, Path] | None = None,
   made: Mapping[str, typing.Any] | None = None,
+  *,
+  averaged: bool | None = None,
 ) -> None:
   """Writes config, weights and a model card; a directory of the same kind is replaced.
 
@@ -156,6 +159,7 @@ def write_directory(
       is copied at a time, so `convert` can hand over views of a mapped file.
     include: directories of weights that are copied into it, by their names there.
     made: where the weights come from, for the card.
+    averaged: whether the weights are a moving average of training's, for `is_averaged`.
 
   Raises:
     UserError: an array is not finite, named, or `path` holds something else, which would be lost;
@@ -168,7 +172,7 @@ def write_directory(
   config = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
   config["fingerprint"] = fingerprint({"kind": kind, **fields}, flat)
   with outputs.written_aside(path, kind, marker=False) as aside:
-    _save_safetensors(flat, aside / "model.safetensors")
+    _save_safetensors(flat, aside / "model.safetensors", averaged)
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     parameters = sum(math.prod(x.shape) for x in flat.values())
     (aside / cards.FILE).write_text(cards.card(kind, config, parameters, made or {}))
@@ -179,9 +183,11 @@ def write_directory(
           shutil.copyfile(read, aside / name / file)
 
 
-def _save_safetensors(flat: Arrays, file: pathlib.Path) -> None:
+def _save_safetensors(flat: Arrays, file: pathlib.Path, averaged: bool | None) -> None:
   """`safetensors.numpy.save_file` as float32, which would hold two more copies of everything."""
   header, end = {}, 0
+  if averaged is not None:
+    header["__metadata__"] = {_AVERAGED: str(averaged).lower()}
   for key in sorted(flat):
     start, end = end, end + 4 * flat[key].size
     shape = list(flat[key].shape)
@@ -235,6 +241,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
   return flat
 
 
+def is_averaged(path: Path) -> bool | None:
+  """Whether a directory's weights are a moving average of training's; None if it does not say."""
+  try:
+    with (storage.path(path) / "model.safetensors").open("rb") as f:
+      header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    found = header.get("__metadata__", {}).get(_AVERAGED)
+  except (OSError, ValueError, AttributeError):  # whoever reads the arrays says so
+    return None
+  return None if found is None else found == "true"
+
+
 def check_finite(flat: Arrays, where: str, consequence: str) -> None:
   """Raises one UserError that names the first arrays with NaN or infinity."""
   if bad := arrays.not_finite(flat):
@@ -269,11 +286,20 @@ def load_vae(path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[VAE] = Aut
 
 
 def save_tokenizer(
-  tokenizer: Tokenizer, path: Path, made: Mapping[str, typing.Any] | None = None
+  tokenizer: Tokenizer,
+  path: Path,
+  made: Mapping[str, typing.Any] | None = None,
+  *,
+  averaged: bool | None = None,
 ) -> None:
-  """Saves a tokenizer with its adapters as they are; `made` says on its card how it came to be."""
+  """Saves a tokenizer with its adapters as they are.
+
+  Args:
+    made: how it came to be, for its card.
+    averaged: as in `write_directory`.
+  """
   fields = dataclasses.asdict(tokenizer.config)
-  write_directory(path, "tokenizer", fields, _numpy(tokenizer), made=made)
+  write_directory(path, "tokenizer", fields, _numpy(tokenizer), made=made, averaged=averaged)
 
 
 def load_tokenizer(
@@ -391,12 +417,15 @@ def save_generator(
   class_names: typing.Sequence[str] = (),
   order: str = "uniform",
   made: Mapping[str, typing.Any] | None = None,
+  *,
+  averaged: bool | None = None,
 ) -> None:
   """Saves a generator with a copy of its tokenizer at `path`/tokenizer.
 
   Args:
     order: in which training masked the tokens (`config.MaskingSettings`).
     made: how it came to be, for its card.
+    averaged: as in `write_directory`.
 
   Raises:
     UserError: the tokenizer's levels or codes are not the model's.
@@ -409,7 +438,8 @@ def save_generator(
     "order": order,
     "tokenizer_fingerprint": tokenizer["fingerprint"],
   }
-  write_directory(path, "generator", fields, _numpy(model), {"tokenizer": tokenizer_dir}, made)
+  inner = {"tokenizer": tokenizer_dir}
+  write_directory(path, "generator", fields, _numpy(model), inner, made, averaged=averaged)
 
 
 def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[MaskGIT, dict]:

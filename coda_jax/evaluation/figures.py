@@ -239,13 +239,11 @@ def curves_plot(
 
 @styled
 def sweep_plot(
-  steps: Sequence[int],
-  seconds: Sequence[float],
-  quality: Sequence[float],
+  curves: Mapping[str, Sequence[tuple[int, float, float]]],
   references: Mapping[str, float],
   label: str,
 ) -> Figure:
-  """Quality of samples over seconds an image, a point for each number of steps.
+  """Quality of samples over seconds an image: (steps, seconds, quality) of a line's points.
 
   Args:
     references: quality of yardsticks, dashed lines.
@@ -253,19 +251,20 @@ def sweep_plot(
   """
   figure = Figure(figsize=(6.4, 4.2), layout="constrained")
   axis = figure.subplots()
-  axis.plot(seconds, quality, "o-", ms=5, color=colour(0), label="samples")
-  for n, x, y in zip(steps, seconds, quality, strict=True):
-    axis.annotate(
-      f"{n} step{'s' if n > 1 else ''}", (x, y), (6, 6), textcoords="offset points", fontsize=8
-    )
-  for i, (name, value) in enumerate(references.items(), 1):
+  for i, (name, points) in enumerate(curves.items()):
+    steps, seconds, quality = zip(*points, strict=True)
+    axis.plot(seconds, quality, "o-", ms=5, color=colour(i), label=name)
+    for n, x, y in zip(steps, seconds, quality, strict=True):
+      text = f"{n} step{'s' if n > 1 else ''}"
+      axis.annotate(text, (x, y), (6, 6), textcoords="offset points", fontsize=8)
+  for i, (name, value) in enumerate(references.items(), len(curves)):
     axis.axhline(value, color=colour(i), ls="--", lw=1.2, label=name)
   axis.set(title=f"{label} against time", xlabel="seconds an image", ylabel=label, xscale="log")
   axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
   axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   axis.margins(x=0.12)
-  low = min([0.0, *quality, *references.values()])
-  if low >= 0:
+  values = [y for points in curves.values() for *_, y in points]
+  if min([0.0, *values, *references.values()]) >= 0:
     axis.set_ylim(bottom=0)
   figure.legend(loc="outside lower left", ncols=2)
   return figure

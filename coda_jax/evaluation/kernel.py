@@ -5,17 +5,17 @@ images, where a Frechet distance grows as they get fewer.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float
 
 from coda_jax.data import rng as rng_streams
 from coda_jax.errors import UserError
 from coda_jax.evaluation.rows import BLOCK, Rows
 
 
-def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-  """Unbiased squared MMD with the kernel (x.y / d + 1)^3.
+def kernel_distance(a: Rows | np.ndarray, b: Rows | np.ndarray) -> float:
+  """Unbiased squared MMD with the kernel (x.y / d + 1)^3 of rows [n, d] and [m, d].
 
   Its expectation is 0 for two sets from one distribution, so small values may be negative. Any
   number of images, at least 2 on each side; on `lpips.pooled_features` this is VGG-KD.
@@ -23,9 +23,7 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
   n, m = len(a), len(b)
   if min(n, m) < 2:
     raise UserError(f"a kernel distance needs at least 2 images on each side, got {n} and {m}")
-  a, b = a.astype(np.float64), b.astype(np.float64)
-  between = _kernel_sum(a, b) / (n * m)
-  return float(_within(a) + _within(b) - 2 * between)
+  return float(_within(a) + _within(b) - 2 * _kernel_sum(a, b) / (n * m))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +64,10 @@ def kernel_inception_distance(
   return KernelInceptionDistance(mean, std, subsets, size)
 
 
-def _within(x: np.ndarray) -> float:
+def _within(x: Rows | np.ndarray) -> float:
   """Mean of the kernel over the pairs of two different rows."""
-  n, width = x.shape
-  own = np.sum(_kernel(np.sum(x * x, axis=1), width))
+  n = len(x)
+  own = sum(float(np.sum(_kernel(np.sum(y * y, axis=1), y.shape[1]))) for y in _blocks(x))
   return (_kernel_sum(x, x) - own) / (n * (n - 1))
 
 
@@ -77,7 +75,16 @@ def _kernel(dots: np.ndarray, width: int) -> np.ndarray:
   return (dots / width + 1) ** 3
 
 
-def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
-  """Sum of the kernel over all pairs, `BLOCK` rows at a time."""
-  rows = range(0, len(a), BLOCK)
-  return sum(float(np.sum(_kernel(a[i : i + BLOCK] @ b.T, a.shape[1]))) for i in rows)
+def _kernel_sum(a: Rows | np.ndarray, b: Rows | np.ndarray) -> float:
+  """Sum of the kernel over all pairs, a block of each at a time."""
+  pairs = ((x, y) for x in _blocks(a) for y in _blocks(b))
+  return sum(float(np.sum(_kernel(x @ y.T, x.shape[1]))) for x, y in pairs)
+
+
+def _blocks(x: Rows | np.ndarray) -> Iterator[np.ndarray]:
+  """Rows as float64; an array's keep their bits, which those of `Rows` have as float32."""
+  if isinstance(x, Rows):
+    yield from (block.astype(np.float64) for block in x.blocks())
+  else:
+    for i in range(0, len(x), BLOCK):
+      yield x[i : i + BLOCK].astype(np.float64)

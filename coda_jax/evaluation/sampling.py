@@ -4,11 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import tqdm
 from jaxtyping import Array, Float, UInt8
 
 from coda_jax.evaluation.image_quality import to_uint8
-from coda_jax.evaluation.samples import Features, SampleEvaluator
 from coda_jax.generation.sampler import SamplerSettings
 
 Classes = Sequence[int | None]
@@ -31,32 +29,3 @@ def sample_batches(
     images = np.asarray(make(part + part[-1:] * (size - len(part)), first, settings))
     seconds = (time.perf_counter() - start) / size
     yield first, to_uint8(images, "nearest")[: len(part)], seconds
-
-
-def joined(parts: Sequence[Features]) -> Features:
-  """Features of all batches, given those of each."""
-  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def timed_measures(
-  make: Make,
-  classes: Classes,
-  settings: SamplerSettings,
-  batch_size: int,
-  evaluator: SampleEvaluator,
-) -> dict[str, float | int]:
-  """Measures of samples, and `seconds`: those of one sample, compilation left out."""
-  next(sample_batches(make, classes, settings, batch_size))  # compiles
-  batches = tqdm.tqdm(
-    sample_batches(make, classes, settings, batch_size),
-    desc=f"{settings.steps} steps",
-    total=-(-len(classes) // batch_size),
-    unit="batch",
-    disable=None,
-    leave=False,
-  )
-  features, seconds = [], []
-  for _, images, taken in batches:
-    features.append(evaluator.features(images))
-    seconds.append(taken)
-  return {**evaluator.measure(joined(features)), "seconds": float(np.mean(seconds))}

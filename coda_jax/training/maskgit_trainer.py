@@ -241,4 +241,5 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
         self.class_names,
         self.config.masking.order,
         self.origin(state, workdir),
+        averaged=True,
       )

@@ -362,7 +362,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     if jax.process_index() == 0:
       tokenizer = arrays.merge(self._networks.tokenizer, frozen, ema)
       made = {"continuous VAE": self.config.tokenizer.vae, **self.origin(state, workdir)}
-      weights.save_tokenizer(tokenizer, workdir / self.product, made)
+      weights.save_tokenizer(tokenizer, workdir / self.product, made, averaged=True)
 
 
 def _perplexity(counts: jax.Array) -> jax.Array:
