@@ -217,7 +217,7 @@ def _reconstructions(args: argparse.Namespace) -> tuple[Evaluation, str]:
     },
     part=args.part,
   )
-  return evaluation, f"{' and '.join(e.name for e in opened)} on {args.data}"
+  return evaluation, f"{', '.join(e.name for e in opened)} on {args.data}"
 
 
 def _real(args: argparse.Namespace, reader: Reader | None, networks, convention):

@@ -9,7 +9,6 @@ from PIL import Image
 
 from coda_jax import cli, generate
 from coda_jax.errors import UserError
-from coda_jax.evaluation import samples
 from coda_jax.outputs import MARKER
 from tests.generation import test_generator
 
@@ -26,15 +25,7 @@ def folder(tmp_path_factory):
   mask = np.zeros((24, 20), np.uint8)
   mask[:, 10:] = 255
   Image.fromarray(mask).save(path / "mask.png")
-  records = [{"kind": "eval", "step": i, "level_loss/level_1": 6.0 - i} for i in range(2)]
-  (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
   return path
-
-
-@pytest.fixture(autouse=True)
-def colours(monkeypatch):
-  networks = {"vgg": (lambda path: None, lambda _: lambda x: np.asarray(x).mean((1, 2)))}
-  monkeypatch.setattr(samples, "NETWORKS", networks)
 
 
 def run(folder, output, *words):
@@ -46,29 +37,19 @@ def picture(path):
   return np.asarray(Image.open(path))
 
 
-def test_images_npz_filmstrip_and_metrics(folder, tmp_path, capsys):
+def test_images_npz_and_filmstrip(folder, tmp_path):
   out = tmp_path / "out"
   words = ["--classes", "dog,2", "--count", 2, "--npz", "--filmstrip", "--seed", 3]
-  run(folder, out, *words, "--evaluate", f"folder:{folder}/real", "--sweep", "1,4")
+  run(folder, out, *words)
   names = ["0_dog.png", "1_dog.png", "2_7up.png", "3_7up.png"]
   assert sorted(p.name for p in (out / "images").iterdir()) == names
   found = {p.name for p in out.iterdir() if p.name != MARKER}
-  assert found == {
-    *("images", "grid.png", "settings.json", "samples.npz"),
-    *("filmstrip.png", "metrics.json", "sweep.png", "curves.png"),
-  }
+  assert found == {"images", "grid.png", "settings.json", "samples.npz", "filmstrip.png"}
   with np.load(out / "samples.npz") as file:
     assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(file["arr_0"], [picture(out / "images" / n) for n in names])
   settings = json.loads((out / "settings.json").read_text())
   assert settings["sampler"]["steps"] == 4 and settings["sampler"]["guidance"] == 2.0
-  metrics = json.loads((out / "metrics.json").read_text())
-  assert metrics["settings"] == settings
-  assert metrics["samples"]["images"] == 4 and len(metrics["yardsticks"]) == 4
-  # The sweep's 4 steps are the samples themselves.
-  assert metrics["sweep"]["4"]["vgg_kd"] == pytest.approx(metrics["samples"]["vgg_kd"])
-  assert metrics["sweep"]["1"]["sampler"]["steps"] == 1
-  assert "tokens from marginals" in capsys.readouterr().out
 
   # Each image has its own random numbers, whatever the batch.
   run(folder, tmp_path / "three", "--classes", "dog", "--count", 3, "--seed", 3)
@@ -102,10 +83,8 @@ def test_edits(folder, tmp_path):
     (["--classes", "3"], "class 3 is out of range"),
     (["--classes", "dog,bird"], "no class 'bird'"),
     (["--steps", "79"], "steps is 79.*78 tokens"),
-    (["--evaluate", "embedded@val", "--sweep", "1,80"], "steps is 80"),
     (["--inpaint", "nowhere.png", "--mask", "0,0,4,4"], "nowhere.png"),
     (["--inpaint", "mask.png", "--mask", "0,0,40,4"], "left,top,right,bottom"),
-    (["--evaluate", "embedded@val", "--classes", "1", "--count", "1"], "2 samples"),
   ],
 )
 def test_bad_input_writes_nothing(folder, tmp_path, monkeypatch, words, message):
@@ -121,15 +100,18 @@ def test_bad_input_writes_nothing(folder, tmp_path, monkeypatch, words, message)
     ["--count", "0"],
     ["--seed", "-1"],
     ["--inpaint", "x.png"],
-    ["--sweep", "1,2"],
-    ["--sweep", "1,a", "--evaluate", "x"],
     ["--filmstrip", "--change-class", "x.png"],
-    ["--evaluate", "x", "--change-class", "x.png"],
   ],
 )
 def test_wrong_usage(folder, tmp_path, words):
   with pytest.raises((cli.UsageError, SystemExit)):
     run(folder, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize("option", ["--evaluate", "--sweep", "--real", "--lpips"])
+def test_options_of_evaluation_name_the_command_that_has_them(folder, tmp_path, option):
+  with pytest.raises(cli.UsageError, match=f"{option} moved: python -m coda_jax.eval --generator"):
+    run(folder, tmp_path / "out", option, "x")
 
 
 def test_overwrite_removes_nothing_that_is_not_its_own(folder, tmp_path, monkeypatch):
@@ -145,27 +127,7 @@ def test_overwrite_removes_nothing_that_is_not_its_own(folder, tmp_path, monkeyp
     ("x", ["--inpaint", "x/photo.png", "--mask", "0,0,4,4"]),
     ("x", ["--change-class", "x/photo.png"]),
     ("x", ["--inpaint", "run/mask.png", "--mask", "x/photo.png"]),
-    ("run/real", ["--evaluate", "folder:run/real"]),
   ):
     with pytest.raises(UserError, match="would be lost"):
       run(tmp_path / "run", output, "--overwrite", *words)
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.parametrize(
-  ("text", "words"),
-  [
-    ("3,dog,null", [3, "dog", None]),
-    (' 3 , dog ,"null"', [3, "dog", "null"]),
-    ('"7","a, b","say ""hi"""', ["7", "a, b", 'say "hi"']),
-    ("-1,great white", [-1, "great white"]),
-  ],
-)
-def test_any_class_name_can_be_written(text, words):
-  assert generate._class_words(text) == words
-
-
-@pytest.mark.parametrize("text", ["", ",", "3,", ',3"', '"a', 'a"b"', '"a"b', '""'])
-def test_classes_that_cannot_be_read(text):
-  with pytest.raises(cli.UsageError, match="quotes around names"):
-    generate._class_words(text)

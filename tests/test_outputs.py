@@ -1,15 +1,30 @@
 """Outputs, directories and files, are complete or not there, and nothing else is lost."""
 
+import concurrent.futures
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from coda_jax.errors import UserError
-from coda_jax.outputs import LOCK, MARKER, check_output, locked, replaced, write_text, written_aside
+from coda_jax.outputs import (
+  LOCK,
+  MARKER,
+  check_output,
+  locked,
+  present,
+  replaced,
+  shared,
+  write_text,
+  writers,
+  written_aside,
+)
 
 
 def make(path, kind="reconstruct", **options):
@@ -181,3 +196,36 @@ def test_a_killed_process_holds_nothing(tmp_path):
   with locked(tmp_path):
     pass
   assert not os.listdir(tmp_path)
+
+
+def test_workers_share_tasks(tmp_path):
+  """Threads stand for processes: a lock belongs to an open file, not to a process."""
+  done, taken = set(), []
+  at_work = threading.Barrier(2, timeout=20)
+
+  def work(name, i):
+    if i not in done:
+      if name not in {who for who, _ in taken}:
+        at_work.wait()
+      taken.append((name, i))
+      time.sleep(0.01)
+      done.add(i)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    both = [
+      pool.submit(shared, tmp_path, order, functools.partial(work, name), "tasks")
+      for name, order in (("a", range(6)), ("b", [3, 4, 5, 0, 1, 2]))
+    ]
+    for each in both:
+      each.result(20)
+  assert sorted(i for _, i in taken) == [*range(6)] and {name for name, _ in taken} == {"a", "b"}
+  assert not os.listdir(tmp_path)
+
+
+def test_writers_are_those_that_live(tmp_path):
+  (tmp_path / f"{LOCK}-7").write_text("process 1 on a machine that is gone\n")
+  with present(tmp_path):
+    (found,) = writers(tmp_path)
+    assert found.startswith(f"process {os.getpid()} on ")
+    assert len(os.listdir(tmp_path)) == 1
+  assert not writers(tmp_path) and not os.listdir(tmp_path)

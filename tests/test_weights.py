@@ -108,3 +108,14 @@ def test_an_interrupted_save_leaves_the_old_directory(saved, monkeypatch):
 def test_frozen_networks_need_a_converted_directory(tmp_path, load):
   with pytest.raises(UserError, match="no config.json; give a directory that `convert`"):
     load(tmp_path)
+
+
+def test_whether_weights_are_averaged_is_kept_beside_them(saved, tmp_path):
+  tokenizer = tiny.tokenizer()
+  for averaged in (True, False):
+    weights.save_tokenizer(tokenizer, tmp_path / "said", averaged=averaged)
+    assert weights.is_averaged(tmp_path / "said") is averaged
+  ours, theirs = (weights.read_config(p, "tokenizer") for p in (tmp_path / "said", saved))
+  assert ours == theirs, "the fingerprint too"
+  assert weights.is_averaged(saved) is None and weights.is_averaged(tmp_path) is None
+  coda_jax.load_tokenizer(tmp_path / "said")

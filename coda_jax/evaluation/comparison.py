@@ -16,10 +16,11 @@ from coda_jax.evaluation import conventions, parts, record, reference, results
 from coda_jax.evaluation.conventions import Convention
 from coda_jax.evaluation.features import Networks
 from coda_jax.evaluation.frechet import FeatureStatistics
-from coda_jax.evaluation.image_sets import RealImages, Reconstructions, Samples, _Set
+from coda_jax.evaluation.image_sets import MeasuredSet, RealImages, Reconstructions, Samples
 from coda_jax.evaluation.measures import FeatureSet, measure
 from coda_jax.evaluation.parts import Measured, Progress
 from coda_jax.evaluation.record import Side
+from coda_jax.evaluation.rows import Rows
 
 log = logging.getLogger("coda_jax")
 RESULTS, SETTINGS = "results.json", "settings.json"
@@ -50,14 +51,14 @@ class Evaluation:
   file: reference.Reference | None
   sides: dict[str, Side]
   entries: Sequence[Reconstructions] = ()
-  samples: Sequence[_Set] = ()
+  samples: Sequence[MeasuredSet] = ()
   sweep: Sequence[Samples] = ()
-  yardsticks: Sequence[_Set] = ()
+  yardsticks: Sequence[MeasuredSet] = ()
   models: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   part: int = 1000
 
   @property
-  def sets(self) -> list[_Set]:
+  def sets(self) -> list[MeasuredSet]:
     """Every set once."""
     real = [] if self.real is None else [self.real]
     return [*real, *self.entries, *self.samples, *self.sweep, *self.yardsticks]
@@ -87,11 +88,10 @@ def claim(output: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> bo
     return False
   try:
     there = json.loads(file.read_text())
-    same = there["format"] == _FORMAT
+    if there["format"] != _FORMAT:
+      raise ValueError
   except (OSError, ValueError, KeyError, TypeError):
-    same = False
-  if not same:
-    raise UserError(f"{file} is not that of an evaluation; name a new --output")
+    raise UserError(f"{file} is not that of an evaluation; name a new --output") from None
   if there != text:
     if outputs.writers(output):
       raise UserError(f"{output} is in use by an evaluation with other settings; name a new one")
@@ -170,7 +170,7 @@ def results_of(evaluation: Evaluation, found: Mapping[str, Measured]) -> dict[st
   return results.as_json(out)
 
 
-def _check_readable(images: _Set, measured_: Measured) -> None:
+def _check_readable(images: MeasuredSet, measured_: Measured) -> None:
   failed = [line for part in measured_.notes("failed") for line in part]
   if failed and pipeline.too_many_unreadable(len(failed), images.count, pipeline.MAX_UNREADABLE):
     raise UserError(
@@ -191,7 +191,7 @@ def _real(e: Evaluation, found: Mapping[str, Measured]) -> FeatureSet:
     return FeatureSet(rows)
   moments = {"pool3": e.file.pool3, "spatial": e.file.spatial}
   if e.file.features is not None and "pool3" not in rows:
-    rows["pool3"] = reference.Rows.of(e.file.features)
+    rows["pool3"] = Rows.of(e.file.features)
   return FeatureSet(rows, {k: m for k, m in moments.items() if m is not None}, e.file.count)
 
 
@@ -199,7 +199,7 @@ def _measures(e: Evaluation, measured_: Measured, real: FeatureSet):
   return measure(FeatureSet(_features(measured_)), real, e.networks)
 
 
-def _entry(e: Evaluation, s: _Set, measured_: Measured, real: FeatureSet) -> dict[str, Any]:
+def _entry(e: Evaluation, s: MeasuredSet, measured_: Measured, real: FeatureSet) -> dict[str, Any]:
   """Record and figures of one set."""
   values, left_out = _measures(e, measured_, real)
   found: dict[str, Any] = {"images": len(measured_.values("index"))}

@@ -76,14 +76,14 @@ def open_entry(
   if kind == "vae":
     vae = weights.load_vae(path)
     vae.config.latent_size(size, size)
-    hashed = weights.read_config(path, "vae")["fingerprint"]
-    return vae_entry(name, vae, str(path), hashed, posterior, seed, weights.is_averaged(path))
+    hashed = {"vae": weights.read_config(path, "vae")["fingerprint"]}
+    return _vae(name, vae, str(path), hashed, posterior, seed, weights.is_averaged(path))
   raise UserError(f"{path} holds a {kind!r}; give a tokenizer, a VAE or a Python file")
 
 
 def image_size(path: pathlib.Path) -> int | None:
   """The image size that a tokenizer was trained on; None for what has no such size."""
-  if path.suffix == ".py" or _kind(path) != "tokenizer":
+  if path.suffix == ".py" or _kind(path) == "vae":
     return None
   return weights.read_config(path, "tokenizer")["image_size"]
 
@@ -140,27 +140,25 @@ def _bound(function: Callable, posterior: str, seed: int) -> Reconstruct:
   return run
 
 
-def vae_entry(
+def _vae(
   name: str,
   vae: AutoencoderKL,
   path: str,
-  hashed: str,
+  hashed: Mapping[str, str],
   posterior: str,
   seed: int,
   averaged: bool | None,
 ) -> Entry:
-  """A continuous VAE: the upper bound of the tokenizers that are made from it."""
-  identity = {"vae": hashed, "posterior": posterior, "seed": None if posterior == "mean" else seed}
+  identity = {**hashed, "posterior": posterior, "seed": None if posterior == "mean" else seed}
   run = _bound(_through_vae(vae), posterior, seed)
-  return Entry(name, "vae", path, identity, {"vae": hashed}, averaged, posterior, 0, (), run)
+  return Entry(name, "vae", path, identity, hashed, averaged, posterior, 0, (), run)
 
 
 def own_vae(path: pathlib.Path, posterior: str, seed: int) -> Entry:
   """The continuous VAE inside of a tokenizer's directory, without its adapters."""
   tokenizer: Tokenizer = weights.load_tokenizer(path)
-  hashed = f"VAE of tokenizer {weights.read_config(path, 'tokenizer')['fingerprint']}"
-  vae = frozen_vae(tokenizer)
-  return vae_entry("continuous VAE", vae, str(path), hashed, posterior, seed, None)
+  hashed = {"vae of tokenizer": weights.read_config(path, "tokenizer")["fingerprint"]}
+  return _vae("continuous VAE", frozen_vae(tokenizer), str(path), hashed, posterior, seed, None)
 
 
 def _module(name: str, path: pathlib.Path) -> Entry:

@@ -1,9 +1,11 @@
 """The sets of an evaluation: real images, reconstructions, samples of files and of generators."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from coda_jax.data.pipeline import normalize
@@ -20,8 +22,8 @@ Make = Callable[[Sequence[int], SamplerSettings], Any]  # numbers of images -> f
 _OF_CODES = ("level_errors", "latent_mean", "latent_power")
 
 
-class _Set:
-  """What all sets share."""
+class MeasuredSet:
+  """What all sets share; `measure` is that of `parts.ImageSet`."""
 
   def __init__(
     self,
@@ -35,10 +37,18 @@ class _Set:
     self.name, self.count, self._networks = name, count, networks
     self._features, self._batch_size = networks.features(convention), batch_size
     described = convention.describe()
-    self.identity = {**identity, "networks": dict(networks.fingerprints), "convention": described}
+    self.identity: dict[str, Any] = {
+      **identity,
+      "networks": dict(networks.fingerprints),
+      "convention": described,
+    }
+
+  def measure(self, indices: range) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """See `parts.ImageSet`."""
+    raise NotImplementedError
 
 
-class RealImages(_Set):
+class RealImages(MeasuredSet):
   """Features of images as a reader gives them."""
 
   def __init__(
@@ -63,7 +73,7 @@ class RealImages(_Set):
     return list(self._reader.load(range(count))[0])
 
 
-class Reconstructions(_Set):
+class Reconstructions(MeasuredSet):
   """An entry's reconstructions of images: likeness, tokens and features of each."""
 
   def __init__(
@@ -108,7 +118,8 @@ class Reconstructions(_Set):
     def function(images: np.ndarray):
       x = normalize(images)
       result = self.entry.reconstruct(x, next(starts))
-      return result.replace(lpips=lpips_from(self._networks.lpips, x)(result.images))
+      distance = lpips_from(self._networks.lpips, x)
+      return dataclasses.replace(result, lpips=distance(jnp.asarray(result.images)))
 
     yield from outputs(function, batches(self._reader, indices, self._batch_size, failed))
 
@@ -129,7 +140,7 @@ class Reconstructions(_Set):
     return {name: np.asarray(x)[:n] for name, x in self._features(padded).items()}
 
 
-class Samples(_Set):
+class Samples(MeasuredSet):
   """What a generator makes of numbers of images; `seconds` of a batch's image are kept.
 
   Args:

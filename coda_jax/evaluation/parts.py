@@ -39,7 +39,7 @@ class ImageSet(Protocol):
 
   name: str
   count: int
-  identity: Mapping[str, Any]
+  identity: dict[str, Any]
 
   def measure(self, indices: range) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays [n, ...] by name, what else is to be kept, as JSON) of some of the images.

@@ -3,7 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,8 +29,8 @@ class Reader(Protocol):
   """
 
   count: int
-  size: tuple[int, int]
-  identity: Mapping[str, Any]
+  size: tuple[int, ...]
+  identity: dict[str, Any]
   side: Side
 
   def load(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -68,13 +68,14 @@ class SpecImages:
   ):
     source = sources.open_source(spec)
     rows = len(source) if limit is None else min(limit, len(source))
-    self.count, self.size, self._source = stream or rows, (image_size, image_size), source
+    self.count, self._source = stream or rows, source
+    self.size: tuple[int, ...] = (image_size, image_size)
     endless = stream is not None
     self._stream = ImageStream(
       source, image_size, resize_ratio, crop, seed, endless, None if endless else rows
     )
     cut = preprocessing(image_size, resize_ratio, "centre" if crop == "center" else crop)
-    self.identity = {
+    self.identity: dict[str, Any] = {
       "source": source.fingerprint(),
       "images": self.count,
       "stream": endless,
@@ -110,13 +111,13 @@ class SampleFiles:
     if path.is_dir():
       self._source = sources.open_source(f"folder:{path}")
       self._file, self.count = None, len(self._source)
-      self.size = self._read(0).shape[:2]
+      self.size: tuple[int, ...] = self._read(0).shape[:2]
       hashed = self._source.fingerprint()
     else:
       self._file = ImageFile(path)
       self.count, self.size = len(self._file), tuple(self._file.shape[1:3])
       hashed = sha256(path)
-    self.identity = {"samples": hashed, "images": self.count}
+    self.identity: dict[str, Any] = {"samples": hashed, "images": self.count}
     self.side = Side(os.fspath(path), self.count, hashed, "as stored", "as stored")
 
   def load(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:

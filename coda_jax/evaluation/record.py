@@ -5,6 +5,7 @@ one side does not say how its images were cut.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,7 +102,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
   if found["posterior"]:
     out.append(f"posterior: {found['posterior']}")
   averaged = {True: "averaged", False: "not averaged", None: "averaged or not: not stated"}
-  hashes = ", ".join(f"{k} {v[:12]}" for k, v in found["weights"].items())
+  short = lambda v: v[:12] if re.fullmatch("[0-9a-f]{64}", v) else v
+  hashes = ", ".join(f"{k} {short(v)}" for k, v in found["weights"].items())
   out.append(f"weights: {averaged[found['averaged_weights']]}{'; ' if hashes else ''}{hashes}")
   if found["sampler"] is not None:
     out.append("sampler: " + ", ".join(f"{k} {v}" for k, v in found["sampler"].items()))

@@ -162,7 +162,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
   reasons = list(found["left_out"])
   for entry in named.values():
     for name, reason in entry["left_out"].items():
-      label = LABELS.get(name, name).split()[0]
+      label = LABELS[name].split()[0]
       reasons.append(reason if reason.startswith(label) else f"{label} is left out: {reason}")
   return list(dict.fromkeys(reasons))
 

@@ -77,6 +77,7 @@ def test_it_learns_and_exports(folder, finished):
   assert model.output_table()[0].shape[0] == len(codes)
   ours = weights.read_config(finished / "generator" / "tokenizer", "tokenizer")
   assert ours == weights.read_config(folder / "tokenizer", "tokenizer")
+  assert weights.is_averaged(finished / "generator")
 
 
 def test_continues_to_the_bit_and_compiles_once(trainer, finished, tmp_path, monkeypatch):
