@@ -270,6 +270,7 @@ def test_wrong_usage(folder, tmp_path, monkeypatch, words, message):
     (["--tokenizer", "nowhere"], "nowhere: no config.json"),
     (["--tokenizer", "generator"], "generator holds a 'generator', not a 'tokenizer'"),
     (["--tokenizer", "tokenizer", "--image-size", 17], "17x17 is not a multiple"),
+    (["--tokenizer", "tokenizer", "--name", "real"], "two things are called 'real'"),
     (["--samples", "nowhere.npz"], "nowhere.npz: no such file"),
     (["--module", "nowhere.py", "--image-size", 16], "nowhere.py: no such file"),
     (["--tokenizer", "tokenizer", "--save-statistics"], "--save-statistics: FID is left out"),

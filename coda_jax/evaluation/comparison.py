@@ -1,5 +1,6 @@
 """One evaluation from its sets to its results: claims the folder, shares the work, writes them."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -248,7 +249,15 @@ def run(evaluation: Evaluation, output: pathlib.Path, overwrite: bool, report) -
   Args:
     report: (results, parts by a set's name) -> writes the pictures and pages into `output`;
       `results.json` is written after it, so what it says is there.
+
+  Raises:
+    UserError: two sets have one name, or the folder holds something else.
   """
+  names = collections.Counter(s.name for s in evaluation.sets)
+  if twice := [name for name, n in names.items() if n > 1]:
+    raise UserError(
+      f"two things are called {twice[0]!r}; give another --name or --compare NAME=PATH"
+    )
   with outputs.locked(output, "--output", wait=_WAIT):
     if claim(output, evaluation.settings(), overwrite):
       log.info("%s is complete", output)
