@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from coda_jax import cli, weights
+from coda_jax import cli, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.evaluation import comparison, entries, eval_report, reference, results
 from coda_jax.evaluation.comparison import Evaluation
@@ -119,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
   """Writes the results; see the module's docstring."""
   _check_usage(args)
+  args.output = storage.on_disk(
+    args.output, "an evaluation maps what it keeps; name a folder on a disk, copy the results after"
+  )
   evaluation, title = (_samples if args.samples or args.generator else _reconstructions)(args)
   if args.save_statistics and evaluation.networks.inception is None:
     raise UserError(f"--save-statistics: {evaluation.networks.notes[0]}")
@@ -225,6 +228,7 @@ def _real(args: argparse.Namespace, reader: Reader | None, networks, convention)
   if args.reference is None:
     assert reader is not None
     return RealImages("real", reader, networks, convention, args.batch_size), None, reader.side
+  args.reference = storage.on_disk(args.reference, "copy the statistics to a disk")
   file = reference.read_reference(args.reference)
   file.check_convention(convention.name)
   known = file.fields.get("data", {})
@@ -243,7 +247,7 @@ def _samples(args: argparse.Namespace) -> tuple[Evaluation, str]:
   networks = Networks.find(args.inception, args.lpips)
   name = args.name or "samples"
   if args.samples:
-    files = SampleFiles(args.samples)
+    files = SampleFiles(storage.on_disk(args.samples, "copy the samples to a disk"))
     height, width = files.size
     if args.data and height != width and not args.image_size:
       raise UserError(

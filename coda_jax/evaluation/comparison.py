@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import outputs, weights
+from coda_jax import outputs, storage, weights
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
 from coda_jax.evaluation import conventions, parts, record, reference, results
@@ -279,6 +279,6 @@ def default_convention(name: str | None, samples: bool, rounding) -> Convention:
   return conventions.convention(name or ("adm" if samples else "coda"), rounding)
 
 
-def fingerprint(path: pathlib.Path, kind: str) -> str:
+def fingerprint(path: storage.Path, kind: str) -> str:
   """A saved directory's."""
   return weights.read_config(path, kind)["fingerprint"]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from coda_jax import sharding, weights
+from coda_jax import sharding, storage, weights
 from coda_jax.arrays import jit_module
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError, one_line
@@ -57,7 +57,7 @@ class Entry:
 
 
 def open_entry(
-  name: str, path: pathlib.Path, size: int, *, posterior: str = "mean", seed: int = 0
+  name: str, path: storage.Path, size: int, *, posterior: str = "mean", seed: int = 0
 ) -> Entry:
   """The tokenizer or VAE of a directory, or the tokenizer of a Python file.
 
@@ -69,7 +69,7 @@ def open_entry(
     UserError: missing, damaged or foreign files, or a size that does not fit.
   """
   if path.suffix == ".py":
-    return _module(name, path)
+    return _module(name, storage.on_disk(path, "copy the module to a disk"))
   kind = _kind(path)
   if kind == "tokenizer":
     return _tokenizer(name, path, size, posterior, seed)
@@ -81,14 +81,14 @@ def open_entry(
   raise UserError(f"{path} holds a {kind!r}; give a tokenizer, a VAE or a Python file")
 
 
-def image_size(path: pathlib.Path) -> int | None:
+def image_size(path: storage.Path) -> int | None:
   """The image size that a tokenizer was trained on; None for what has no such size."""
   if path.suffix == ".py" or _kind(path) == "vae":
     return None
   return weights.read_config(path, "tokenizer")["image_size"]
 
 
-def _kind(path: pathlib.Path) -> str | None:
+def _kind(path: storage.Path) -> str | None:
   try:
     return json.loads((path / "config.json").read_text())["kind"]
   except (OSError, ValueError, KeyError, TypeError):
@@ -113,7 +113,7 @@ def _through_vae_with(vae: AutoencoderKL, x: Float[Array, "b h w 3"], key=None) 
 _through_vae = jit_module(_through_vae_with)
 
 
-def _tokenizer(name: str, path: pathlib.Path, size: int, posterior: str, seed: int) -> Entry:
+def _tokenizer(name: str, path: storage.Path, size: int, posterior: str, seed: int) -> Entry:
   tokenizer = weights.load_tokenizer(path)
   latent = tokenizer.config.vae.latent_size(size, size)
   hashed = weights.read_config(path, "tokenizer")["fingerprint"]
@@ -154,7 +154,7 @@ def _vae(
   return Entry(name, "vae", path, identity, hashed, averaged, posterior, 0, (), run)
 
 
-def own_vae(path: pathlib.Path, posterior: str, seed: int) -> Entry:
+def own_vae(path: storage.Path, posterior: str, seed: int) -> Entry:
   """The continuous VAE inside of a tokenizer's directory, without its adapters."""
   tokenizer: Tokenizer = weights.load_tokenizer(path)
   hashed = {"vae of tokenizer": weights.read_config(path, "tokenizer")["fingerprint"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import outputs
+from coda_jax import outputs, storage
 from coda_jax.evaluation import figures, html_page, record, results
 from coda_jax.evaluation.comparison import Evaluation
 from coda_jax.evaluation.image_quality import psnr, to_uint8
@@ -24,7 +24,7 @@ def write(
   found: Mapping[str, Any],
   evaluation: Evaluation,
   parts: Mapping[str, Measured],
-  generator: pathlib.Path | None,
+  generator: storage.Path | None,
 ) -> None:
   """Writes `report.html`, its pictures and `results.md` into `output`.
 
@@ -169,11 +169,11 @@ def _sweep(found: Mapping[str, Any], picture) -> str:
   return f"<h2>Steps and guidance</h2>{out}"
 
 
-def _curves(generator: pathlib.Path | None, picture) -> str:
+def _curves(generator: storage.Path | None, picture) -> str:
   """The curves of the training that a generator lies in, unless it was moved."""
   if generator is None:
     return ""
-  curves = figures.training_curves({"generator": read_metrics(generator.resolve().parent)})
+  curves = figures.training_curves({"generator": read_metrics(storage.resolved(generator).parent)})
   if not curves:
     return ""
   plot = figures.curves_plot(curves)
