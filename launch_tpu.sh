@@ -183,7 +183,7 @@ if [ "$subcommand" = up ] || [ "$subcommand" = babysit ]; then
   [ -n "$image" ] || wrong "--type=$type is not v4-, v5litepod-, v5p- or v6e-; add --image VERSION"
 fi
 
-joins() { [[ " ${command[*]} " =~ ' -m coda_jax.'(train|tokenize_dataset)' ' ]]; }
+joins() { [[ " ${command[*]} " =~ ' -m coda_jax.'(train|tokenize_dataset|eval)' ' ]]; }
 trains() { [[ " ${command[*]} " = *' -m coda_jax.train '* ]]; }
 if [ "$subcommand" = run ] || [ "$subcommand" = babysit ]; then
   if ((${#command[@]})); then

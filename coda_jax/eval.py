@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from coda_jax import cli, storage, weights
+from coda_jax import cli, distributed, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.evaluation import comparison, entries, eval_report, reference, results
 from coda_jax.evaluation.comparison import Evaluation
@@ -113,12 +113,18 @@ def parser() -> argparse.ArgumentParser:
     help="other real crops, the same through the tokenizer, ...",
   )
   options.add_sampling(p)
+  distributed.add_flags(p)
   return p
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes the results; see the module's docstring."""
   _check_usage(args)
+  with distributed.joined(args):
+    _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
   args.output = storage.on_disk(
     args.output, "an evaluation maps what it keeps; name a folder on a disk, copy the results after"
   )
@@ -132,6 +138,8 @@ def run(args: argparse.Namespace) -> None:
     eval_report.write(args.output, title, found, evaluation, parts, args.generator)
 
   found = comparison.run(evaluation, args.output, args.overwrite, report)
+  if jax.process_index():
+    return
   print(results.text_table(results.all_rows(found)))
   for line in (*results.differences(found), *results.notes(found)):
     print(line)
