@@ -13,7 +13,7 @@ import sys
 import ml_collections
 import pytest
 
-from coda_jax import cli, generate, reconstruct, tokenize_dataset, train, visualize, weights
+from coda_jax import cli, eval, generate, reconstruct, tokenize_dataset, train, visualize, weights
 from coda_jax.errors import UserError
 from coda_jax.training import loop, registry
 from convert import LAYOUTS
@@ -46,7 +46,7 @@ COMMANDS = {
   "visualize": (visualize, "--tokenizer generator/tokenizer --data folder:images@val"),
   "generate": (generate, "--model generator --count 1 --steps 2"),
   "inpaint": (generate, "--model generator --count 1 --inpaint mask.png --mask 0,0,8,8"),
-  "evaluate": (generate, "--model generator --count 2 --evaluate folder:images@val"),
+  "eval": (eval, "--tokenizer generator/tokenizer --data folder:images@val"),
   "tokenize_dataset": (
     tokenize_dataset,
     "--tokenizer generator/tokenizer --data folder:images@val",
@@ -54,7 +54,7 @@ COMMANDS = {
 }
 
 
-GROUPS = {"inpaint": "editing", "evaluate": "evaluation"}  # others are tried by "generate"
+GROUPS = {"inpaint": "editing", "eval": "how"}  # others are tried by "generate"
 
 
 def options_of(parser, group=""):
@@ -103,7 +103,10 @@ def reached(*args, **kwargs):
 def test_options(here, name, monkeypatch, capsys):
   module, base = COMMANDS[name]
   stop = "_write" if name == "tokenize_dataset" else "written_aside"
-  monkeypatch.setattr(module, stop, reached)
+  if module is eval:
+    monkeypatch.setattr(eval.comparison, "run", reached)
+  else:
+    monkeypatch.setattr(module, stop, reached)
   before, tried, refused = tree(here), 0, 0
   for option in options_of(module.parser(), GROUPS.get(name, "")):
     for value in (*VALUES, *PATHS):
