@@ -15,6 +15,7 @@ COMMANDS = {
   "tokenize_dataset": "the tokens of an image set",
   "generate": "images of classes",
   "serve": "a web page to try a tokenizer and a generator",
+  "ablate": "tables of trainings that differ in a few settings, over seeds",
   "compile_check": "does it fit a TPU pod, and how fast can it be",
 }
 

@@ -10,12 +10,10 @@ import argparse
 import contextlib
 import logging
 
-import jax
-
-from coda_jax import cli, config, distributed, outputs, sharding
-from coda_jax.training import loop, registry
-from coda_jax.training import workdir as workdirs
+from coda_jax import cli, distributed
+from coda_jax.training import registry
 from coda_jax.training.preemption import Preemption
+from coda_jax.training.run import train
 
 log = logging.getLogger("coda_jax")
 
@@ -48,35 +46,10 @@ def run(args: argparse.Namespace) -> int:
     preemption = stack.enter_context(Preemption())
     hosts = stack.enter_context(distributed.joined(args, settings.distributed))
     preemption.attach(hosts)
-    first = jax.process_index() == 0
-    if first:
-      stack.enter_context(outputs.locked(workdir, "--workdir"))
-      workdirs.check(workdir, settings, registry.product(settings))
-    log.info("workdir: %s", workdir)
-    trainer = registry.make_trainer(settings, sharding.make_mesh(settings.mesh))
-    fields, found = config.to_json(settings), trainer.inventory()
-    if hosts is not None:
-      hosts.check_same_data({f"config.{key}": data for key, data in found.items()})
-    if first:  # not before, so that a mistyped path claims no workdir
-      for key, data in found.items():
-        data.log(f"config.{key}")
-      workdirs.check_data(workdir, found, args.accept_changed_data)
-      workdirs.claim(workdir, fields, found)
-    log.info("%s", _plan(trainer))
-    if not loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields, preemption):
+    if not train(settings, workdir, preemption, hosts, args.accept_changed_data):
       return cli.RUN_AGAIN
-  log.info("done: %s", workdir / trainer.product)
+  log.info("done: %s", workdir / registry.product(settings))
   return 0
-
-
-def _plan(trainer) -> str:
-  """What the run will do, in one line."""
-  mesh, devices = trainer.mesh, trainer.mesh.devices
-  axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
-  return (
-    f"{trainer.steps:,} updates of {trainer.images_per_step} images on {devices.size} "
-    f"{devices.flat[0].device_kind}{f' ({axes})' if axes else ''}"
-  )
 
 
 if __name__ == "__main__":

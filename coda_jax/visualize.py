@@ -12,14 +12,18 @@ import logging
 import numpy as np
 
 from coda_jax import cli, storage, weights
+from coda_jax.arrays import merge, split
 from coda_jax.config import DataSettings
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError
 from coda_jax.evaluation.reconstruction import frozen_vae
 from coda_jax.evaluation.report import write_report
 from coda_jax.evaluation.runs import count_usage, measure_tokenizer, measure_vae
+from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.outputs import check_output, written_aside
+from coda_jax.training.checkpoints import read_averages
 from coda_jax.training.logging import METRICS_FILE, read_metrics
+from coda_jax.training.workdir import CHECKPOINTS
 
 log = logging.getLogger("coda_jax")
 
@@ -149,9 +153,21 @@ def run(args: argparse.Namespace) -> None:
           batch_size=args.batch_size,
         )
         run = dataclasses.replace(run, usage=usage, usage_source=crops)
-      runs.append(dataclasses.replace(run, history=read_metrics(workdirs[name])))
+      movement = _movement(tokenizer, workdirs[name])
+      runs.append(dataclasses.replace(run, history=read_metrics(workdirs[name]), movement=movement))
     write_report(folder / "report.html", args.title, runs, reference)
   print(f"{args.output / 'report.html'}")
+
+
+def _movement(tokenizer: Tokenizer, workdir: storage.Path) -> dict[int, np.ndarray]:
+  """[V, C] the vector of each code by step, of the checkpoints that a training's folder has."""
+  graphdef, arrays = split(tokenizer.quantizer)
+  out = {}
+  for step, found in read_averages(workdir / CHECKPOINTS, "quantizer.").items():
+    ours = {name.removeprefix("quantizer."): x for name, x in found.items()}
+    if ours and all(k in arrays and x.shape == arrays[k].shape for k, x in ours.items()):
+      out[step] = np.asarray(merge(graphdef, arrays, ours).values())
+  return out if len(out) > 1 else {}
 
 
 def _training_ratio(workdir: storage.Path) -> float:

@@ -11,7 +11,7 @@ import time
 import pytest
 import safetensors.numpy
 
-from coda_jax import outputs, train
+from coda_jax import config, outputs, train
 from coda_jax.training.logging import read_metrics
 from tests.training import runs
 
@@ -109,30 +109,30 @@ def fail(capsys, *argv):
 
 
 def test_bad_input(folder, tmp_path, capsys):
-  config = f"--config={folder}/config.py"
+  spec = f"--config={folder}/config.py"
   with outputs.locked(tmp_path):
-    code, err = fail(capsys, config, f"--workdir={tmp_path}")
+    code, err = fail(capsys, spec, f"--workdir={tmp_path}")
   assert code == 1 and err.startswith(f"error: {tmp_path} is in use by process {os.getpid()} on ")
 
-  code, err = fail(capsys, config, f"--workdir={tmp_path}", "--config.optimizer.lr=1")
+  code, err = fail(capsys, spec, f"--workdir={tmp_path}", "--config.optimizer.lr=1")
   assert code == 2 and "no config key 'lr'" in err
 
   (tmp_path / "file").write_text("")
-  code, err = fail(capsys, config, f"--workdir={tmp_path}/file/run")
+  code, err = fail(capsys, spec, f"--workdir={tmp_path}/file/run")
   assert code == 1 and err.startswith(f"error: --workdir={tmp_path}/file/run cannot be written")
   assert err.count("\n") == 1
 
   (tmp_path / "other" / "checkpoints" / "4").mkdir(parents=True)
-  fields = train.config.to_json(runs.config(folder, seed=5))
+  fields = config.to_json(runs.config(folder, seed=5))
   (tmp_path / "other" / "config.json").write_text(json.dumps(fields))
-  code, err = fail(capsys, config, f"--workdir={tmp_path}/other")
+  code, err = fail(capsys, spec, f"--workdir={tmp_path}/other")
   assert code == 1 and "holds a run with another config" in err and "seed (there 5, here 0)" in err
 
   (tmp_path / "bare" / "checkpoints" / "4").mkdir(parents=True)
-  code, err = fail(capsys, config, f"--workdir={tmp_path}/bare")
+  code, err = fail(capsys, spec, f"--workdir={tmp_path}/bare")
   assert code == 1 and "config.json is missing or damaged" in err and "restore it, or" in err
 
-  code, err = fail(capsys, config, f"--workdir={tmp_path}/new", "--config.data.train=folder:/no")
+  code, err = fail(capsys, spec, f"--workdir={tmp_path}/new", "--config.data.train=folder:/no")
   workdir, error = err.splitlines()
   assert code == 1 and workdir == f"workdir: {tmp_path}/new" and "/no does not exist" in error
   assert not any((tmp_path / "new").iterdir()), "a run that never began claims no workdir"

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import jax.numpy as jnp
@@ -5,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coda_jax import cli, visualize, weights
+from coda_jax import arrays, cli, visualize, weights
+from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
 from coda_jax.evaluation import runs
 from coda_jax.models.lpips import LPIPS
+from coda_jax.training.checkpoints import Checkpoints
 from tests import tiny
 
 
@@ -33,6 +36,11 @@ def folder(tmp_path_factory):
   records = [{"kind": "train", "step": s, "loss": 1 / s} for s in (1, 2)]
   (path / "one" / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
   (path / "one" / "config.json").write_text(json.dumps({"data": {"resize_ratio": 1.25}}))
+  quantizer = arrays.of(tiny.tokenizer().quantizer)
+  with contextlib.closing(Checkpoints(path / "one" / "checkpoints", CheckpointSettings())) as saved:
+    for step in (1, 2):
+      codes = {"quantizer.codebook": quantizer["codebook"] * step, "vae.x": jnp.zeros(2)}
+      saved.save(step, {"ema": codes})
   (path / "images").mkdir()
   rng = np.random.default_rng(0)
   for i in range(3):
@@ -60,6 +68,11 @@ def test_report_of_two_tokenizers(folder, tmp_path, monkeypatch):
   _, _, (one, two), reference = measured[0]
   assert (one.name, two.name) == ("tokenizer", "other")
   assert len(one.history) == 2 and two.history == []
+  # Codes of the checkpoints with the projections, which did not train here, of the tokenizer.
+  assert list(one.movement) == [1, 2] and not two.movement
+  np.testing.assert_allclose(one.movement[1], one.latents.values, rtol=1e-5, atol=1e-6)
+  bias = tiny.tokenizer().quantizer.to_v.bias[...]
+  np.testing.assert_allclose(one.movement[2] - bias, 2 * (one.movement[1] - bias), atol=1e-4)
   assert one.images == 3 and len(one.level_quality) == 4
   # One token for each of 64 codes, one token an image at the first level.
   assert one.usage.level_tokens_per_code[0] == 1 and "64 random crops" in one.usage_source

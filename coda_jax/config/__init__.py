@@ -7,6 +7,7 @@ def get_config(arg: str = "full"):
   return c.config_dict(c.variant(config, arg))
 """
 
+from coda_jax.config.ablation import AblationConfig, Line, Table
 from coda_jax.config.engine import changed, config_dict, freeze, to_json
 from coda_jax.config.maskgit import (
   MaskGITSettings,
@@ -14,7 +15,13 @@ from coda_jax.config.maskgit import (
   MaskingSettings,
   TokenDataSettings,
 )
-from coda_jax.config.resume import MAY_CHANGE_ON_RESUME, check_resumable, differences
+from coda_jax.config.resume import (
+  MAY_CHANGE_ON_RESUME,
+  check_resumable,
+  decisive,
+  differences,
+  with_defaults,
+)
 from coda_jax.config.schema import (
   DTYPES,
   REMAT,
@@ -40,12 +47,14 @@ __all__ = [
   "MAY_CHANGE_ON_RESUME",
   "REMAT",
   "VARIANTS",
+  "AblationConfig",
   "AdversarialSettings",
   "CheckpointSettings",
   "DataSettings",
   "EMASettings",
   "EvalSettings",
   "LoggingSettings",
+  "Line",
   "LossSettings",
   "MaskGITSettings",
   "MaskGITTrainConfig",
@@ -53,14 +62,17 @@ __all__ = [
   "DistributedSettings",
   "MeshSettings",
   "OptimizerSettings",
+  "Table",
   "TokenDataSettings",
   "TokenizerSettings",
   "TrainConfig",
   "changed",
   "check_resumable",
   "config_dict",
+  "decisive",
   "differences",
   "freeze",
   "to_json",
   "variant",
+  "with_defaults",
 ]

@@ -95,6 +95,12 @@ def _convert(hint, value, where: str):
     items = [args[0]] * len(value) if args[-1] is Ellipsis else args
     pairs = zip(items, value, strict=True)
     return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(pairs))
+  if typing.get_origin(hint) is dict:
+    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+      raise UserError(f"{where} is {value!r}; it must be a dictionary")
+    return {k: _convert(typing.get_args(hint)[1], value[k], f"{where}.{k}") for k in value}
+  if hint is Any:
+    return value
   if hint is float and type(value) is int:
     return float(value)
   if isinstance(value, float) and not math.isfinite(value):
@@ -112,6 +118,8 @@ def config_dict(settings) -> ml_collections.ConfigDict:
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       value = config_dict(value)
+    elif isinstance(value, dict):
+      value = {k: to_json(v) for k, v in value.items()}
     elif value is None:
       kind = unwrap(hints[field.name])
       if not dataclasses.is_dataclass(kind):  # None until set, but of a known type

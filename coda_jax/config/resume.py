@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from coda_jax.config.engine import to_json, unwrap
 from coda_jax.errors import UserError
@@ -38,11 +38,19 @@ def check_resumable(settings, theirs: Mapping, workdir) -> None:
     UserError: they differ in more than MAY_CHANGE_ON_RESUME; names every key with both values.
   """
   ours, theirs = to_json(settings), with_defaults(type(settings), theirs)
-  free = tuple(f"{key}." for key in MAY_CHANGE_ON_RESUME)
-  changed = [k for k in differences(ours, theirs) if not f"{k}.".startswith(free)]
+  changed = decisive(differences(ours, theirs))
   if changed:
     shown = ", ".join(f"{k} (there {_value(theirs, k)}, here {_value(ours, k)})" for k in changed)
     raise UserError(f"{workdir} holds a run with another config: {shown}; take a new --workdir")
+
+
+def decisive(keys: Iterable[str], length: bool = False) -> list[str]:
+  """The dotted keys that decide a run's result; with `length` also those that say how long it is.
+
+  Steps and epochs may change on resume, but a longer run has another result.
+  """
+  free = set(MAY_CHANGE_ON_RESUME) - ({"steps", "epochs"} if length else set())
+  return [k for k in keys if not f"{k}.".startswith(tuple(f"{key}." for key in free))]
 
 
 def with_defaults(cls: type, values: Mapping) -> dict:

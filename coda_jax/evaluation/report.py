@@ -4,7 +4,7 @@ import html
 import pathlib
 from collections.abc import Sequence
 
-from coda_jax.evaluation import figures, html_page, tokenizer_plots
+from coda_jax.evaluation import figures, html_page, latent_report, tokenizer_plots
 from coda_jax.evaluation.runs import Reference, Run
 
 _LABELS = {
@@ -35,7 +35,7 @@ def write_report(
     _reconstructions(runs, reference, picture),
     _levels(runs, reference, picture),
     _usage(runs, picture),
-    _latent_space(runs, picture),
+    latent_report.section(runs, lambda *image, text: html_page.figure(picture(*image), text)),
     _training(runs, picture),
   ]
   measured = [
@@ -231,34 +231,6 @@ def _usage(runs, picture) -> str:
   return f"<h2>Codebook</h2>{html_page.figure(picture('usage.png', plot, 'codebook usage'), text)}"
 
 
-def _latent_space(runs, picture) -> str:
-  out = "<h2>Latent space</h2>"
-  for i, run in enumerate(runs):
-    suffix = "" if i == 0 else f"_{i + 1}"
-    title = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
-    x = run.latents
-    levels = len(x.quantized)
-    keep = slice(None, None, max(1, len(x.continuous) // 4000))
-    stops = sorted({0, levels // 2 - 1, levels - 1} - {-1})
-    quantized = {f"after {k + 1} level{'s' if k else ''}": x.quantized[k][keep] for k in stops}
-    inside = tokenizer_plots.principal_axes(x.continuous)[2]
-    plot = tokenizer_plots.latents_plot(x.continuous[keep], quantized)
-    text = (
-      f"{len(x.continuous[keep]):,} latents of {run.config.vae.z_channels} channels in the plane "
-      f"of their two largest principal components ({inside:.0%} of their variance), and what the "
-      f"first levels make of them. The closer the clouds, the less is lost."
-    )
-    out += title + html_page.figure(
-      picture(f"pca{suffix}.png", plot, "latents and their quantization"), text
-    )
-    plot = tokenizer_plots.codes_plot(x.level_inputs, x.values, x.counts, stops)
-    text = (
-      "The codes (what each adds to the latents) over the vectors they are looked up for, in one "
-      "plane for all panels: first the inputs of all levels, then of single ones. Codes should "
-      "cover the cloud. Used and unused refer to the tokens of the same images."
-    )
-    out += html_page.figure(picture(f"pca_codes{suffix}.png", plot, "codes over latents"), text)
-  return out
 
 
 def _training(runs, picture) -> str:

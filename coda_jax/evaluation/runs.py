@@ -30,6 +30,7 @@ from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.models.vae import AutoencoderKL
 
+_VECTORS, _LIKELIEST = 16, 50  # vectors whose codes are compared, and codes (paper, Figure 5)
 _SAMPLE, _PICTURES = 32, 8  # images whose levels are decoded one by one; those that are shown
 
 # Measurements of one tokenizer, and tokenizers of one structure, share these compiled parts.
@@ -49,6 +50,8 @@ class Latents:
     level_inputs: [n, C] per level, the vectors that it looks up.
     values: [V, C] the vector of each code.
     counts: [levels, V] uses of each code by the same images.
+    confidence: [n, k] of n vectors that the last level looks up, the k likeliest codes' weights or
+      distances, likeliest first; `confidence_label` says which.
   """
 
   continuous: np.ndarray
@@ -56,6 +59,8 @@ class Latents:
   level_inputs: Sequence[np.ndarray]
   values: np.ndarray
   counts: np.ndarray
+  confidence: np.ndarray
+  confidence_label: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Run:
     pictures: uint8 [n, L, H, W, 3] the first n images of the sample with 1 to L levels.
     latents: for the pictures of latent space.
     history: records of `metrics.jsonl`, or none.
+    movement: [V, C] the vector of each code at steps of its training, or none.
   """
 
   name: str
@@ -82,6 +88,7 @@ class Run:
   pictures: np.ndarray
   latents: Latents
   history: Sequence[Mapping] = ()
+  movement: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def quality(self) -> Quality:
@@ -209,12 +216,18 @@ def measure_tokenizer(
 
 def _latents(tokenizer: Tokenizer, encoded: Encoded) -> Latents:
   channels, levels = encoded.latents.shape[-1], len(encoded.ids)
+  level_inputs = [np.asarray(x) for x in _level_inputs(encoded)]
+  lookup = tokenizer.quantizer
+  sure = np.asarray(lookup.confidence(level_inputs[-1][_spread(len(level_inputs[-1]), _VECTORS)]))
+  likeliest = np.argsort(-sure, axis=1)[:, :_LIKELIEST]
   return Latents(
     continuous=np.asarray(encoded.latents).reshape(-1, channels),
     quantized=np.moveaxis(np.asarray(encoded.quantized), 1, 0).reshape(levels, -1, channels),
-    level_inputs=[np.asarray(x) for x in _level_inputs(encoded)],
+    level_inputs=level_inputs,
     values=np.asarray(tokenizer.quantizer.values()),
     counts=CodebookUsage.count(encoded.ids, encoded.codebook_size).counts,
+    confidence=np.abs(np.take_along_axis(sure, likeliest, axis=1)),
+    confidence_label=lookup.confidence_label,
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -108,8 +109,10 @@ class Lookup(nnx.Module):
     in_official_code: whether the official PyTorch code has this look-up.
     codes_start_as_latents: whether codes of a new quantizer are latents of the first batch.
     default_beta: what `QuantizerConfig.beta` is if it is None.
+    confidence_label: what the size of `confidence` is.
   """
 
+  confidence_label = "distance"
   in_official_code = False
   codes_start_as_latents = False
   default_beta: float
@@ -127,6 +130,13 @@ class Lookup(nnx.Module):
   def values(self) -> Float[Array, "v c"]:
     """The code values, in latent space."""
     raise NotImplementedError
+
+  def confidence(self, x: Float[Array | np.ndarray, "n c"]) -> Float[Array, "n v"]:
+    """How likely each code is for a few vectors; largest for the one that `ids` finds.
+
+    For pictures: it holds vectors x codes. By default minus the distance to the code's value.
+    """
+    return -jnp.linalg.norm(x[:, None] - self.values(), axis=-1)
 
   def codes(self) -> Any:
     """Arrays of the codes that `ids` and `look_up` take; computed once for all levels."""
@@ -200,6 +210,7 @@ class AttentionLookup(Lookup):
   `norm_k` unless the config has none.
   """
 
+  confidence_label = "attention weight"
   in_official_code = True
   default_beta = 0.05
 
@@ -241,6 +252,10 @@ class AttentionLookup(Lookup):
 
   def values(self) -> Float[Array, "v c"]:
     return self.to_v(self.codebook[...])
+
+  def confidence(self, x: Float[Array | np.ndarray, "n c"]) -> Float[Array, "n v"]:
+    logits = jnp.matmul(self.queries(jnp.asarray(x)), self.keys().T, precision="highest")
+    return jax.nn.softmax(logits * self.config.attn_dim**-0.5)
 
   def codes(self) -> ProjectedCodes:
     return ProjectedCodes(self.keys(), self.values())

@@ -19,6 +19,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from coda_jax import storage
+from coda_jax.arrays import Arrays
 from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
 
@@ -147,6 +148,30 @@ class Checkpoints:
       raise UserError(
         f"cannot {verb} a checkpoint in {self.directory}: {_first_line(e)}{kept}"
       ) from e
+
+
+def read_averages(directory: str | os.PathLike, prefix: str) -> dict[int, Arrays]:
+  """Averaged weights whose paths begin with `prefix`, by step, of every readable checkpoint.
+
+  Only these arrays are read, onto the first device. There is nothing in a folder that is missing.
+  """
+  found, directory = {}, storage.absolute(storage.path(directory))
+  if not directory.is_dir():
+    return {}
+  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  with contextlib.closing(_training.Checkpointer(directory)) as checkpointer:
+    for step in sorted(c.step for c in checkpointer.checkpoints):
+      try:
+        tree = checkpointer.metadata(step).metadata
+        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+        for name, x in tree["ema"].items():
+          if name.startswith(prefix):
+            wanted["ema"][name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        averages = checkpointer.load(step, wanted)["ema"]
+        found[step] = {name: averages[name] for name in averages if name.startswith(prefix)}
+      except Exception as e:  # damaged, or of another kind of run
+        log.warning("%s/%d is left out: %s", directory, step, _first_line(e))
+  return found
 
 
 class _Kept:

@@ -35,3 +35,14 @@ def test_missing_key_is_named():
 def test_unknown_override_is_named():
   with pytest.raises(UserError, match="no config key 'lr'"):
     load("configs/mar.py", "--config.optimizer.lr=1")
+
+
+def test_dictionaries():
+  values = c.config_dict(c.AblationConfig({"steps": 1}, {"a": {"x": (1, None)}}, {})).to_dict()
+  assert c.freeze(c.AblationConfig, values).rows == {"a": {"x": [1, None]}}
+  line = {"label": "a", "paper": {"psnr": 20}}
+  assert c.freeze(c.Line, line).paper == {"psnr": 20.0}
+  with pytest.raises(UserError, match=r"config.paper.psnr is 'x' \(str\); it must be float"):
+    c.freeze(c.Line, line | {"paper": {"psnr": "x"}})
+  with pytest.raises(UserError, match="config.paper is 3; it must be a dictionary"):
+    c.freeze(c.Line, line | {"paper": 3})

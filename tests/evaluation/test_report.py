@@ -30,7 +30,9 @@ def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> Run:
   latents = Latents(
     vectors, np.stack([vectors] * LEVELS), [vectors[: p * p] for p in (1, 2, 3, 8)],
     rng.normal(size=(CODES, 16)).astype(np.float32), usage.counts,
+    np.sort(rng.uniform(size=(16, 50))), "distance",
   )  # fmt: skip
+  movement = {step: latents.values * step for step in (1, 2)} if history else {}
   return Run(
     name,
     tiny.TOKENIZER,
@@ -41,6 +43,7 @@ def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> Run:
     rng.integers(0, 256, (2, LEVELS, 16, 16, 3), np.uint8),
     latents,
     history,
+    movement,
   )
 
 
@@ -70,7 +73,8 @@ HISTORY = [
 def test_report_is_one_file_that_needs_nothing(tmp_path):
   runs = [run("LoRA & <friends>", offset=1, history=HISTORY), run("without")]
   files = report.write_report(tmp_path / "report.html", "A <title>", runs, reference())
-  names = "curves grid level_curves levels pca pca_2 pca_codes pca_codes_2 usage".split()
+  names = "confidence curves grid level_curves levels movement usage".split()
+  names += "pca pca_2 pca_codes pca_codes_2".split()
   assert {p.name for p in files} == {"report.html", *(f"{n}.png" for n in names)}
   for file in files[1:]:
     Image.open(file).verify()
@@ -93,3 +97,4 @@ def test_report_without_lpips_and_training(tmp_path):
   text = files[0].read_text()
   assert "LPIPS is left out: no weights" in text
   assert "<h2>Training</h2>" not in text and not (tmp_path / "curves.png").exists()
+  assert not (tmp_path / "movement.png").exists()

@@ -56,6 +56,19 @@ def test_euclidean_matches_its_definition():
   np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3.0, rtol=1e-6)  # straight through
 
 
+@pytest.mark.parametrize("config", [ATTENTION, EUCLIDEAN])
+def test_the_likeliest_code_is_the_one_that_is_found(config):
+  quantizer = make(config)
+  x = latents(9)
+  sure = np.asarray(quantizer.confidence(x))
+  np.testing.assert_array_equal(sure.argmax(1), quantizer.ids(x, quantizer.codes()))
+  if config is ATTENTION:
+    np.testing.assert_allclose(sure.sum(1), 1, rtol=1e-5)
+  else:
+    nearest = np.linalg.norm(x[0] - quantizer.values()[sure[0].argmax()])
+    assert -sure[0].max() == pytest.approx(nearest, rel=1e-5)
+
+
 def test_euclidean_codes_learn_from_the_loss_alone():
   quantizer, x = make(EUCLIDEAN), latents(1, 4, 4)
 

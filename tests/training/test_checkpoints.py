@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 from coda_jax import sharding
 from coda_jax.config import CheckpointSettings, MeshSettings
 from coda_jax.errors import UserError
-from coda_jax.training.checkpoints import Checkpoints, abstract
+from coda_jax.training.checkpoints import Checkpoints, abstract, read_averages
 
 SETTINGS = CheckpointSettings(keep=2, keep_best=1, best_metric="psnr")
 
@@ -58,6 +59,19 @@ def test_another_structure(checkpoints):
   ):
     checkpoints.restore(like() | {"y": jax.ShapeDtypeStruct((2,), jnp.float32)})
   assert checkpoints.latest == 1, "what was never read again is not set aside"
+
+
+def test_averages_are_read_of_every_checkpoint(tmp_path):
+  assert read_averages(tmp_path / "none", "quantizer.") == {}
+  with contextlib.closing(Checkpoints(tmp_path, SETTINGS)) as checkpoints:
+    for step in (1, 2):
+      names = {"quantizer.a": float(step), "quantizer.b": 5.0, "vae.c": 6.0}
+      ema = {name: jnp.full((3,), value) for name, value in names.items()}
+      checkpoints.save(step, {"ema": ema, "params": {"quantizer.a": jnp.zeros(3)}, "none": {}})
+  found = read_averages(tmp_path, "quantizer.")
+  assert list(found) == [1, 2] and set(found[2]) == {"quantizer.a", "quantizer.b"}
+  np.testing.assert_array_equal(found[1]["quantizer.a"], np.ones(3))
+  np.testing.assert_array_equal(found[2]["quantizer.a"], np.full(3, 2.0))
 
 
 def _files(folder):
