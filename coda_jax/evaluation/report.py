@@ -231,8 +231,6 @@ def _usage(runs, picture) -> str:
   return f"<h2>Codebook</h2>{html_page.figure(picture('usage.png', plot, 'codebook usage'), text)}"
 
 
-
-
 def _training(runs, picture) -> str:
   curves = figures.training_curves({run.name: run.history for run in runs})
   if not curves:
