@@ -7,6 +7,7 @@ a picture. `pip install 'coda_jax[serve]'` brings Gradio. Nothing is fetched fro
 
 import argparse
 import functools
+import importlib
 import math
 import os
 import pathlib
@@ -123,7 +124,7 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
   """The Gradio page."""
   os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
   try:
-    import gradio as gr
+    gr = importlib.import_module("gradio")
   except ImportError as e:
     raise UserError("the page needs Gradio: pip install 'coda_jax[serve]'") from e
 
@@ -254,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
   with tempfile.TemporaryDirectory(prefix="coda_jax_serve_") as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder
     blocks = page(tokenizers, generator)
-    from gradio.themes import Default
+    theme = importlib.import_module("gradio.themes").Default
 
     print(f"http://{args.host}:{args.port}   (Ctrl-C ends it)", flush=True)
     try:
@@ -265,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
         quiet=True,
         ssr_mode=False,
         max_file_size=_LARGEST_FILE,
-        theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=theme(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
       )
     except OSError as e:
       raise UserError(f"port {args.port} of {args.host} is taken; --port names another") from e
