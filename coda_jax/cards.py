@@ -32,7 +32,7 @@ def card(kind: str, config: Mapping[str, Any], parameters: int, made: Mapping[st
 
 
 def _shape(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-  if kind == "tokenizer":
+  if kind == "tokenizer" and "quantizer" in config:
     q, lora = config["quantizer"], config["lora"]
     tokens = sum(p * p for p in q["patch_sizes"])
     bits = tokens * math.log2(q["codebook_size"])
@@ -43,11 +43,11 @@ def _shape(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
       "adapters": f"LoRA of rank {lora['rank']}" if lora else "none",
       **_shape("vae", config),
     }
-  if kind == "vae":
+  if "vae" in config:
     vae = config["vae"]
     down = 2 ** (len(vae["ch_mult"]) - 1)
     return {"VAE": f"{down}x downsampling, {vae['z_channels']} channels"}
-  if kind == "generator":
+  if "maskgit" in config:
     m = config["maskgit"]
     return {
       "classes": f"{m['num_classes']:,}",

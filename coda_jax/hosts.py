@@ -36,12 +36,14 @@ _DAY = 86400.0
 _OF_OTHERS = re.compile(
   r"gloo|unavailable|deadline|connect|socket|barrier|aborted|cancel|unhealthy", re.IGNORECASE
 )
+_ending = threading.Lock()
 
 
 def end(line: str, code: int) -> None:
   """Ends this process now: its main thread may wait for ever for a process that is gone."""
-  print(f"error: {line}", file=sys.stderr)
-  leave(code)
+  with _ending:  # the watcher and jax's abort may both see the loss; the first one tells it
+    print(f"error: {line}", file=sys.stderr)
+    leave(code)
 
 
 def leave(code: int) -> None:

@@ -142,7 +142,7 @@ def test_an_upload_cut_short_is_incomplete_and_can_be_repeated(bucket, monkeypat
     assert weights.read_config(out, "tokenizer") and weights.read_arrays(out)["a"][0] == 1
   outputs.check_output(out, "tokenizer", overwrite=True)
   save(out, 2)
-  assert set(storage.files(out)) == set(outputs.WEIGHTS)
+  assert set(storage.files(out)) == {*outputs.WEIGHTS, "README.md"}
   assert weights.read_config(out, "tokenizer") and weights.read_arrays(out)["a"][0] == 2
 
 
