@@ -52,7 +52,7 @@ def test_a_failure_of_one_process_ends_all_with_its_line(who):
     assert error.endswith(": photos: not on this host") and error.count("\n") == 0
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_lost_process_is_named_by_the_other(who):
   codes, errors, seconds = run("is killed", who)
   assert codes[who] == -signal.SIGKILL and codes[1 - who] == 75, errors

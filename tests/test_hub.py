@@ -24,6 +24,7 @@ def in_process(address: str | None, home, code: str) -> str:
   return done.stdout.strip()
 
 
+@pytest.mark.slow  # four processes
 def test_a_directory_is_pushed_loaded_by_revision_and_kept_offline(tmp_path):
   weights.save_tokenizer(tiny.tokenizer(), tmp_path / "tokenizer")
   (tmp_path / "tokenizer" / "notes.txt").write_text("mine")
