@@ -62,6 +62,7 @@ def read(workdir: pathlib.Path) -> dict:
   return json.loads((workdir / "tables.json").read_text())
 
 
+@pytest.mark.slow
 def test_rows_train_once_and_tables_show_what_is_there(
   folder, tmp_path, capsys, caplog, monkeypatch
 ):

@@ -224,6 +224,7 @@ def test_samples_against_the_images_of_a_file(folder, tmp_path):
   assert entry["record"]["reference"]["hash"] == entry["record"]["samples"]["hash"]
 
 
+@pytest.mark.slow
 def test_a_generator_its_sweep_and_yardsticks(folder, tmp_path):
   out = tmp_path / "out"
   words = ["--generator", folder / "generator", "--count", 2, "--steps", 4, "--seed", 3]
