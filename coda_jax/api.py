@@ -150,11 +150,7 @@ def _told(name: str, program: tuple) -> Iterator[None]:
 
 def _traced(*values) -> bool:
   """Whether a method runs inside of a transformation: some array is a tracer."""
-
-  def leaves(value):
-    return arrays.of(value) if isinstance(value, nnx.Module) else value
-
-  return any(isinstance(x, Tracer) for x in jax.tree.leaves([leaves(v) for v in values]))
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(values))
 
 
 class AutoencoderKL(plain_vae.AutoencoderKL):

@@ -19,7 +19,7 @@ def card(kind: str, config: Mapping[str, Any], parameters: int, made: Mapping[st
     parameters: numbers in the weights.
     made: where they come from, by name, in the order in which it is shown.
   """
-  rows = {**_shape(kind, config), "parameters": f"{parameters:,}", **made}
+  rows = {**_shape(config), "parameters": f"{parameters:,}", **made}
   rows["fingerprint"] = f"`{config['fingerprint']}`"
   lines = ["---", "license: unknown", "library_name: coda_jax", "tags: [jax, coda]", "---", ""]
   lines += [f"# {kind[0].upper()}{kind[1:]}", "", "| | |", "|---|---|"]
@@ -31,27 +31,24 @@ def card(kind: str, config: Mapping[str, Any], parameters: int, made: Mapping[st
   return "\n".join(lines)
 
 
-def _shape(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-  if kind == "tokenizer" and "quantizer" in config:
+def _shape(config: Mapping[str, Any]) -> dict[str, str]:
+  """The rows that say what a model with these fields is."""
+  rows = {}
+  if "quantizer" in config:
     q, lora = config["quantizer"], config["lora"]
     tokens = sum(p * p for p in q["patch_sizes"])
     bits = tokens * math.log2(q["codebook_size"])
-    return {
-      "images": f"{config['image_size']} x {config['image_size']}",
-      "tokens of an image": f"{tokens:,} in {len(q['patch_sizes'])} levels, {bits:,.0f} bits",
-      "codes": f"{q['codebook_size']:,}, {q['lookup']} look-up",
-      "adapters": f"LoRA of rank {lora['rank']}" if lora else "none",
-      **_shape("vae", config),
-    }
+    rows["images"] = f"{config['image_size']} x {config['image_size']}"
+    rows["tokens of an image"] = f"{tokens:,} in {len(q['patch_sizes'])} levels, {bits:,.0f} bits"
+    rows["codes"] = f"{q['codebook_size']:,}, {q['lookup']} look-up"
+    rows["adapters"] = f"LoRA of rank {lora['rank']}" if lora else "none"
   if "vae" in config:
     vae = config["vae"]
     down = 2 ** (len(vae["ch_mult"]) - 1)
-    return {"VAE": f"{down}x downsampling, {vae['z_channels']} channels"}
+    rows["VAE"] = f"{down}x downsampling, {vae['z_channels']} channels"
   if "maskgit" in config:
     m = config["maskgit"]
-    return {
-      "classes": f"{m['num_classes']:,}",
-      "transformer": f"{m['width']} wide, {m['depth'] + 1} blocks, {m['heads']} heads",
-      "tokenizer": f"`{config['tokenizer_fingerprint']}`, in `tokenizer/`",
-    }
-  return {}
+    rows["classes"] = f"{m['num_classes']:,}"
+    rows["transformer"] = f"{m['width']} wide, {m['depth'] + 1} blocks, {m['heads']} heads"
+    rows["tokenizer"] = f"`{config['tokenizer_fingerprint']}`, in `tokenizer/`"
+  return rows

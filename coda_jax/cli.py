@@ -254,12 +254,11 @@ def _check_key(word: str, config, fail: Callable[[str], NoReturn]) -> None:
 def keep_compiled() -> None:
   """Keeps programs that take a second or more to compile on this disk, for the next process.
 
-  The folder is `coda_jax` in `$XDG_CACHE_HOME` or `~/.cache`; a set `JAX_COMPILATION_CACHE_DIR`
-  wins. It may be removed at any time.
+  They go to `storage.cache_folder()`; a set `JAX_COMPILATION_CACHE_DIR` wins.
   """
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and os.path.isabs(cache):
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "coda_jax"))
+  folder = storage.cache_folder()
+  if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def quiet() -> None:

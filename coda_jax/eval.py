@@ -298,7 +298,7 @@ def _generated(args: argparse.Namespace, name: str, networks: Networks, conventi
     s.check(generator.config.tokens)
   classes = options.parse_classes(args.classes, generator)
   count, key = len(classes) * args.count, jax.random.key(args.seed)
-  hashed = comparison.fingerprint(args.generator, "generator")
+  hashed = weights.fingerprint_of(args.generator, "generator")
 
   def make(numbers, s):  # classes take turns, so that every part holds all of them
     drawn = [classes[i % len(classes)] for i in numbers]

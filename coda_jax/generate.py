@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
   with written_aside(args.output, "generate") as folder:
     written = {
       "model": os.fspath(args.model),
-      "fingerprint": weights.read_config(args.model, "generator")["fingerprint"],
+      "fingerprint": weights.fingerprint_of(args.model, "generator"),
       "sampler": dataclasses.asdict(settings),
       "seed": args.seed,
       "classes": args.classes,

@@ -11,7 +11,10 @@ import re
 import tempfile
 from typing import Any
 
+from coda_jax import weights
 from coda_jax.errors import UserError, describe
+from coda_jax.models.tokenizer import Tokenizer
+from coda_jax.models.vae import AutoencoderKL
 
 _SCHEME = "hf://"
 _FILES = ["*config.json", "*model.safetensors", "README.md"]  # tokenizer/ of a generator too
@@ -56,10 +59,7 @@ def push(
     source = pathlib.Path(folder) / "model"
     if isinstance(model, (str, os.PathLike)):
       source = pathlib.Path(model).expanduser()
-      if not (source / "config.json").is_file():
-        raise UserError(
-          f"{source}: no config.json; give a directory that `convert` or training wrote"
-        )
+      weights.kind_of(source)
     else:
       _save(model, source)
     api = hub.HfApi()
@@ -72,10 +72,6 @@ def push(
 
 
 def _save(model, path: pathlib.Path) -> None:
-  from coda_jax import weights
-  from coda_jax.models.tokenizer import Tokenizer
-  from coda_jax.models.vae import AutoencoderKL
-
   if isinstance(model, Tokenizer):
     weights.save_tokenizer(model, path)
   elif isinstance(model, AutoencoderKL):

@@ -22,6 +22,7 @@ from coda_jax.data import decode
 from coda_jax.errors import UserError
 from coda_jax.evaluation import figures
 from coda_jax.evaluation.image_quality import psnr, to_uint8
+from coda_jax.evaluation.reconstruction import decode_latents, encode_levels
 
 _STEPS = (1, 2, 4, 8, 16, 32)  # each compiles once
 _COUNT = 4  # images that are generated at a time
@@ -74,7 +75,7 @@ class Levels:
   def __call__(self, picture: np.ndarray) -> tuple[list[np.ndarray], Image.Image, list[list]]:
     """(the picture from 1, 2, ... levels, the tokens as a picture, a row of numbers a level)."""
     ids, made = self._run(api.as_images(picture))
-    made = to_uint8(np.asarray(made), "nearest")
+    made = to_uint8(made, "nearest")
     rows, bits = [], 0.0
     for level, (grid, image) in enumerate(zip(ids, made, strict=True), 1):
       bits += grid.size * math.log2(self.tokenizer.codebook_size)
@@ -105,10 +106,9 @@ def _tiled(images: list[np.ndarray], side: int = 128, gap: int = 8) -> Image.Ima
 
 @arrays.jit_module
 def _every_level(tokenizer, images):
-  ids = tokenizer.encode(images)
-  size = images.shape[1:3]
-  made = [tokenizer.decode(ids[: k + 1], size) for k in range(len(ids))]
-  return ids, jax.numpy.concatenate(made)
+  """(ids of one image, the image from 1, 2, ... levels)."""
+  encoded = encode_levels(tokenizer, images)
+  return encoded.ids, decode_latents(tokenizer, encoded.quantized[0])
 
 
 def code_colours(values: np.ndarray) -> np.ndarray:
@@ -146,8 +146,9 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
 
   @answered
   def look(file, level):
-    found = {n: view(read_picture(file, view.size)) for n, view in views.items()}
-    original = _shown(read_picture(file, views[names[0]].size))
+    pictures = {size: read_picture(file, size) for size in {v.size for v in views.values()}}
+    found = {n: view(pictures[view.size]) for n, view in views.items()}
+    original = _shown(pictures[views[names[0]].size])
     kept = {n: made for n, (made, *_) in found.items()}
     rest = [x for n in names for x in found[n][1:]]
     return [kept, original, *at_level(kept, level), *rest]

@@ -71,6 +71,15 @@ def path(name: str | os.PathLike) -> Path:
   return epath.Path(text)
 
 
+def cache_folder() -> pathlib.Path | None:
+  """Where this user's computer keeps what can be made again; None without a home folder.
+
+  It is `coda_jax` in `$XDG_CACHE_HOME` or `~/.cache`, and may be removed at any time.
+  """
+  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+  return folder / "coda_jax" if folder.is_absolute() else None
+
+
 def on_disk(given: str | os.PathLike, why: str) -> pathlib.Path:
   """The path, which must not be one of an object store.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from coda_jax import arrays, cli, distributed, outputs, storage, weights
+from coda_jax import arrays, cli, distributed, outputs, sharding, storage, weights
 from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
 from coda_jax.errors import UserError
 from coda_jax.hosts import Hosts
@@ -247,12 +247,9 @@ def _encoder(path: storage.Path, codebook_size: int) -> Callable[[np.ndarray], n
     return tokenizer.encode_flat(pipeline.normalize(images))
 
   encode = arrays.jit_module(ids)(weights.load_tokenizer(path))
-  mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
   def run(images):
-    even = len(images) % mesh.size == 0
-    found, finite = encode(jax.device_put(images, split if even else None))
+    found, finite = encode(sharding.over_local_devices(images))
     if not finite:
       raise UserError(f"{path}: latents of the images are NaN or infinite, which are no tokens")
     return np.asarray(found).astype(tokens.id_type(codebook_size))

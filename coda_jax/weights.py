@@ -203,25 +203,41 @@ def _save_safetensors(flat: Arrays, file: pathlib.Path, averaged: bool | None) -
     raise OSError(e.errno, e.strerror, str(file)) from e
 
 
+def _saved_config(path: Path) -> dict:
+  """What is in the `config.json` of a saved directory. Raises UserError if there is none."""
+  file = storage.path(path) / "config.json"
+  if not file.is_file():
+    where = os.fspath(path) or "an empty path"
+    raise UserError(f"{where}: no config.json; give a directory that `convert` or training wrote")
+  try:
+    return json.loads(file.read_text())
+  except ValueError as e:
+    raise UserError(f"{file}: not valid JSON ({e})") from e
+
+
+def kind_of(path: Path) -> str | None:
+  """What a saved directory holds: "vae", "tokenizer", ... Raises UserError if it is none."""
+  return _saved_config(path).get("kind")
+
+
+def fingerprint_of(path: Path, kind: str) -> str:
+  """The fingerprint of a directory of `kind`. Raises as `read_config`."""
+  return read_config(path, kind)["fingerprint"]
+
+
 def read_config(path: Path, kind: str) -> dict:
   """The fields of a directory of `kind`, `fingerprint` among them.
 
   Raises:
     UserError: no such directory, another kind or another format version.
   """
-  file = storage.path(path) / "config.json"
-  if not file.is_file():
-    where = os.fspath(path) or "an empty path"
-    raise UserError(f"{where}: no config.json; give a directory that `convert` or training wrote")
-  try:
-    config = json.loads(file.read_text())
-  except ValueError as e:
-    raise UserError(f"{file}: not valid JSON ({e})") from e
+  config = _saved_config(path)
   if config.get("kind") != kind:
     raise UserError(f"{path} holds a {config.get('kind')!r}, not a {kind!r}")
   if config.get("format_version") != FORMAT_VERSION:
     raise UserError(
-      f"{file}: format_version {config.get('format_version')}; this version reads {FORMAT_VERSION}"
+      f"{storage.path(path) / 'config.json'}: format_version {config.get('format_version')}; "
+      f"this version reads {FORMAT_VERSION}"
     )
   del config["kind"], config["format_version"]
   return config
@@ -451,7 +467,7 @@ def load_generator_weights(path: Path, *, dtype: DTypeLike = jnp.float32) -> tup
   fields = read_config(path, "generator")
   config = config_from_fields(MaskGITConfig, fields["maskgit"], f"{path}/config.json: maskgit")
   tokenizer = storage.path(path) / "tokenizer"
-  found = read_config(tokenizer, "tokenizer")["fingerprint"]
+  found = fingerprint_of(tokenizer, "tokenizer")
   if found != fields["tokenizer_fingerprint"]:
     raise UserError(
       f"{tokenizer} is tokenizer {found[:12]}, but {path} was trained on tokens of "

@@ -60,7 +60,7 @@ class ParquetSource:
     root = storage.on_disk(path, ONLY_ON_DISK)
     files = shards.find(root, split, ".parquet")
     self._files = [str(f) for f in files]
-    self._stats = [_stat(f) for f in self._files]
+    self._stats = [shards.stat(f) for f in self._files]
     footers = _of_all(lambda file: _read(parquet.read_metadata, file), self._files)
     self._image, self._paths, features, label = _columns(footers[0], self._files[0])
     groups = [
@@ -148,7 +148,7 @@ class ParquetSource:
     file, group = (int(n) for n in self._groups[number])
     name = self._files[file]
     try:
-      if _stat(name) != self._stats[file]:
+      if shards.stat(name) != self._stats[file]:
         raise UnreadableImage(f"{name} changed since it was opened")
       with _pyarrow().ParquetFile(name) as opened:
         return opened.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -220,11 +220,6 @@ def _columns(footer: Any, file: str) -> tuple[str, str | None, Mapping[str, Any]
 
 def _is_label(kind: str) -> bool:
   return kind in ("string", "large_string", "bool") or kind.removeprefix("u").startswith("int")
-
-
-def _stat(file: str) -> tuple[int, int]:
-  stat = os.stat(file)
-  return stat.st_size, stat.st_mtime_ns
 
 
 def _read(read: Callable[[str], Any], file: str | pathlib.Path) -> Any:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from coda_jax import outputs
+from coda_jax import outputs, storage
+from coda_jax.data import shards
 from coda_jax.data.folder import image_extensions
 from coda_jax.errors import UserError
 
@@ -53,12 +54,6 @@ class TarIndex:
   skipped: Mapping[str, int]
 
 
-def stat(file: pathlib.Path) -> tuple[int, int]:
-  """Bytes and time of change (ns), by which a changed file is noticed."""
-  found = file.stat()
-  return found.st_size, found.st_mtime_ns
-
-
 def load(files: Sequence[pathlib.Path], name: str) -> TarIndex:
   """The index of tars in one folder or below it. Tars that are new or changed are read.
 
@@ -69,11 +64,11 @@ def load(files: Sequence[pathlib.Path], name: str) -> TarIndex:
   """
   folder = files[0].parent
   own = folder / f".{name}.coda_jax_index.npz"
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  cache = storage.cache_folder()
   place = hashlib.sha256(f"{folder.resolve()}/{name}".encode()).hexdigest()[:32]
-  places = (own, cache / "coda_jax" / "tars" / f"{place}.npz")
+  places = (own, cache / "tars" / f"{place}.npz") if cache else (own,)
   known = {key: tar for place in places for key, tar in _read(place).items()}
-  keys = [(os.path.relpath(f, folder), *stat(f)) for f in files]
+  keys = [(os.path.relpath(f, folder), *shards.stat(f)) for f in files]
   new = [(key, f) for key, f in zip(keys, files, strict=True) if key not in known]
   if new:
     log.info("indexing %d of the %d tar files in %s, once", len(new), len(files), folder)

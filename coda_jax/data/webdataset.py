@@ -36,7 +36,7 @@ class WebDatasetSource:
     name = split or (root.stem if root.is_file() else "all")
     self._where = f"webdataset:{root}" + (f"@{split}" if split else "")
     self._files = [str(f) for f in files]
-    self._stats = [tar_index.stat(f) for f in files]
+    self._stats = [shards.stat(f) for f in files]
     index = tar_index.load(files, name)
     self.skipped: Mapping[str, int] = index.skipped
     self._ends_of_tars = np.cumsum(index.counts)

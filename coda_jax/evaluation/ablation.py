@@ -9,6 +9,7 @@ from coda_jax.arrays import jit_module
 from coda_jax.data import sources
 from coda_jax.data.pipeline import normalize
 from coda_jax.evaluation.evaluator import in_batches, outputs
+from coda_jax.evaluation.features import vgg_features
 from coda_jax.evaluation.image_quality import Quality, to_uint8
 from coda_jax.evaluation.kernel import kernel_distance
 from coda_jax.evaluation.metrics import QuantizationError, Results
@@ -20,11 +21,9 @@ from coda_jax.evaluation.reconstruction import (
   through_vae,
 )
 from coda_jax.evaluation.runs import count_usage
-from coda_jax.models.lpips import LPIPS, pooled_features
+from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.models.vae import AutoencoderKL
-
-_features = jit_module(lambda lpips, images: pooled_features(lpips.features(images)))
 
 
 class Images:
@@ -48,15 +47,15 @@ class Images:
   ):
     self.source, self.images, self.lpips = source, images, lpips
     self.resize_ratio, self.batch_size = resize_ratio, batch_size
-    self._features = None if lpips is None else _features(lpips)
+    self._features = None if lpips is None else vgg_features(lpips)
     self._real = self._pooled(images)
 
   def _pooled(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"] | None:
     """VGG features of images."""
     if self._features is None:
       return None
-    function, batches = self._features, in_batches(images, self.batch_size)
-    return np.concatenate([x for _, x in outputs(lambda x: function(normalize(x)), batches)])
+    batches = in_batches(images, self.batch_size)
+    return np.concatenate([x for _, x in outputs(self._features, batches)])
 
   def _vgg_kd(self, made: list[UInt8[np.ndarray, "_ h w 3"]]) -> dict[str, float]:
     ours = self._pooled(np.concatenate(made))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import outputs, storage, weights
+from coda_jax import outputs
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
 from coda_jax.evaluation import conventions, parts, record, reference, results
@@ -277,8 +277,3 @@ def run(evaluation: Evaluation, output: pathlib.Path, overwrite: bool, report) -
 def default_convention(name: str | None, samples: bool, rounding) -> Convention:
   """The convention of a name; by default that of tokenizers' or of generators' papers."""
   return conventions.convention(name or ("adm" if samples else "coda"), rounding)
-
-
-def fingerprint(path: storage.Path, kind: str) -> str:
-  """A saved directory's."""
-  return weights.read_config(path, kind)["fingerprint"]

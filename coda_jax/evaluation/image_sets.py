@@ -1,5 +1,6 @@
 """The sets of an evaluation: real images, reconstructions, samples of files and of generators."""
 
+import abc
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ Make = Callable[[Sequence[int], SamplerSettings], Any]  # numbers of images -> f
 _OF_CODES = ("level_errors", "latent_mean", "latent_power")
 
 
-class MeasuredSet:
+class MeasuredSet(abc.ABC):
   """What all sets share; `measure` is that of `parts.ImageSet`."""
 
   def __init__(
@@ -36,16 +37,15 @@ class MeasuredSet:
   ):
     self.name, self.count, self._networks = name, count, networks
     self._features, self._batch_size = networks.features(convention), batch_size
-    described = convention.describe()
     self.identity: dict[str, Any] = {
       **identity,
       "networks": dict(networks.fingerprints),
-      "convention": described,
+      "convention": convention.describe(),
     }
 
+  @abc.abstractmethod
   def measure(self, indices: range) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """See `parts.ImageSet`."""
-    raise NotImplementedError
 
 
 class RealImages(MeasuredSet):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from coda_jax import arrays, storage, weights
+from coda_jax import arrays, sharding, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
 from coda_jax.generation.sampler import Sampled, SamplerSettings
@@ -73,8 +73,6 @@ class Generator:
     self.class_names, self.order = tuple(class_names), order
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
-    self._devices = len(devices)
-    self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def everywhere(module):
@@ -141,8 +139,8 @@ class Generator:
     """Replaces the masked ids (`config.mask_id`); see `sampler.sample`."""
     condition, index = self.class_ids(classes), first + np.arange(len(ids))
     return self._sample(
-      self._place(np.asarray(ids, np.int32)),
-      self._place(condition),
+      sharding.over_local_devices(np.asarray(ids, np.int32)),
+      sharding.over_local_devices(condition),
       key,
       settings,
       index=index,
@@ -162,12 +160,12 @@ class Generator:
     if getattr(ids, "ndim", 0) != 2 or ids.shape[1] != self.config.tokens:
       raise UserError(f"ids have shape {list(np.shape(ids))}, not [B, {self.config.tokens}]")
     check_ids([ids[:, None]], self.config.mask_id + 1)
-    return self._decode(self._place(ids))
+    return self._decode(sharding.over_local_devices(ids))
 
   def encode(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Int[Array, "b n"]:
     """Ids of images in [-1, 1] of the training size. Raises UserError for another size."""
     self._check_images(images)
-    return self._encode(self._place(images))
+    return self._encode(sharding.over_local_devices(images))
 
   def generate(
     self,
@@ -256,9 +254,6 @@ class Generator:
 
   def _settings(self, steps: int, others: dict) -> SamplerSettings:
     return dataclasses.replace(SamplerSettings(steps=steps, order=self.order), **others)
-
-  def _place(self, x):
-    return jax.device_put(x, self._split) if len(x) % self._devices == 0 else jnp.asarray(x)
 
   def _check_images(self, images) -> None:
     check_images(images)

@@ -4,10 +4,8 @@
 encoder more is a class more. See `TextEncoder` for what a class offers.
 """
 
-import json
 import logging
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -83,8 +81,8 @@ def load_text_encoder(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32
     UserError: no such directory, or none of a text encoder.
   """
   try:
-    kind = json.loads((pathlib.Path(path) / "config.json").read_text())["kind"]
-  except (OSError, ValueError, KeyError, TypeError):
+    kind = weights.kind_of(path)
+  except UserError:
     kind = None
   if kind not in ENCODERS:
     made = ", ".join(f"`python -m convert {name}`" for name in ENCODERS)
