@@ -72,6 +72,7 @@ def fake_compile(limit: int):
   return fake
 
 
+@pytest.mark.slow
 def test_one_that_does_not_and_what_makes_it_fit(config, capsys, monkeypatch):
   monkeypatch.setattr(compiling, "_compile", fake_compile(1))
   argv = (f"--config={config}", "--topology=v5e-4")
@@ -87,9 +88,10 @@ def test_one_that_does_not_and_what_makes_it_fit(config, capsys, monkeypatch):
   assert "tried" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_largest_batch(config, capsys, monkeypatch):
   monkeypatch.setattr(compiling, "_compile", fake_compile(5))
-  assert call(f"--config={config}", "--topology=v5e-4", "--search") == 0
+  assert call(f"--config={config}", "--topology=v5e-4", "--what=encode", "--search") == 0
   assert "largest batch: 5 images a device at a time" in capsys.readouterr().out
 
 

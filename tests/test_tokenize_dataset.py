@@ -183,6 +183,7 @@ def test_shards_that_lack_a_repaired_image_are_made_again(images, monkeypatch):
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_shards_of_an_older_version_that_lack_images_are_made_again(images):
   folder, bad = images
   with pytest.raises(UserError, match="2 of 24"):

@@ -205,7 +205,13 @@ MESHES = [(8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 1, 8)]
 
 
 @pytest.mark.parametrize(
-  ("axes", "n"), [*((m, 160) for m in MESHES), ((8, 1, 1), 168), ((4, 1, 2), 30)]
+  ("axes", "n"),
+  [
+    # Of the meshes that 160 tokens fill, the one with all three axes is in `make test`.
+    *(pytest.param(m, 160, marks=[pytest.mark.slow] * (min(m) == 1)) for m in MESHES),
+    ((8, 1, 1), 168),
+    ((4, 1, 2), 30),
+  ],
 )
 def test_every_mesh_computes_the_same(axes, n):
   x, cotangents = inputs(n, 512)

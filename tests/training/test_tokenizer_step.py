@@ -107,7 +107,8 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", ["last", pytest.param(MIDDLE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layer", ["last", MIDDLE])
+@pytest.mark.slow
 def test_gradients_are_those_of_the_total(tokenizer, layer):
   """One backward pass of the whole total, with d held fixed, as plain jax would do it."""
   own = outcome(tokenizer, layer=layer)
@@ -155,6 +156,7 @@ def test_discriminator_minimises_its_own_loss(own):
   np.testing.assert_allclose(gradients["heads.0.gain"], gain, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_official_discriminator_gradient(own, official):
   """The leak: schedule · d · ∂g, with g = -(gain · mean + bias), is added; nothing else changes."""
   leak = {

@@ -71,6 +71,7 @@ def first_gradients(state, config):
   return {k: m / (1 - config.optimizer.b1) for k, m in adam.mu.items()}
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_the_same(trainer, trainer8, updates):
   first, losses = updates
   first8, losses8 = first_updates(trainer8)
@@ -94,6 +95,7 @@ def test_only_the_selected_train(trainer, updates):
 
 
 @pytest.mark.parametrize("trainable", [c.TrainConfig.trainable, (("Param", "^vae"),)])
+@pytest.mark.slow
 def test_nothing_is_held_twice(folder, trainable):
   """What a trainer and its state hold together is the state and the frozen weights, each once."""
   before = jax.live_arrays()
@@ -107,6 +109,7 @@ def test_nothing_is_held_twice(folder, trainable):
   assert sum(held.values()) <= 1.01 * ours
 
 
+@pytest.mark.slow
 def test_what_is_fresh_may_be_frozen_and_a_given_vae_may_train(folder):
   vae = weights.read_arrays(folder / "vae")
   settings = runs.config(folder, trainable=(("LoRAParam", ""), ("Param", r"vae\.decoder\.conv_")))
@@ -165,6 +168,7 @@ def euclidean(folder):
   return make_trainer(settings)
 
 
+@pytest.mark.slow
 def test_euclidean_codes_start_as_latents(euclidean):
   with jax.set_mesh(euclidean.mesh):
     batches = euclidean.batches(0)
