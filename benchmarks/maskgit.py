@@ -210,7 +210,7 @@ def v5e_update(m: MaskGITConfig, size: str, images: int, remat: bool) -> dict[st
     trainer = make_trainer(pathlib.Path(folder), size, "bfloat16", images, remat)
   batch = {
     "ids": jax.ShapeDtypeStruct((1, images, m.tokens), jnp.uint16),
-    "label": jax.ShapeDtypeStruct((1, images), jnp.int32),
+    "condition": jax.ShapeDtypeStruct((1, images), jnp.int32),
   }
   update, key = (
     trainer._keyed_update,

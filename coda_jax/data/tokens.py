@@ -175,7 +175,7 @@ class _Stream:
       ids.append(all_ids[part])
       labels.append(all_labels[part])
       start, count = start + len(ids[-1]), count - len(ids[-1])
-    return {"ids": np.concatenate(ids), "label": np.concatenate(labels)}
+    return {"ids": np.concatenate(ids), "condition": np.concatenate(labels)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,8 @@ class _LoadBatch:
 class TokenBatches:
   """Endless shuffled batches: this process's part of every global batch.
 
-  A batch is {"ids": uint16 or int32 [b, N], "label": int32 [b]}, b = batch_size / process_count.
+  A batch is {"ids": uint16 or int32 [b, N], "condition": int32 [b], the labels},
+  b = batch_size / process_count.
 
   Args:
     start: images consumed so far, over all processes.

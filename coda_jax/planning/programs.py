@@ -107,7 +107,7 @@ def _batch(trainer, micro_batches: int, size: int):
   if isinstance(trainer, MaskGITTrainer):
     m = trainer.model_config
     ids = one((*lead, m.tokens), tokens.id_type(m.codebook_size))
-    return {"ids": ids, "label": one(lead, np.int32)}
+    return {"ids": ids, "condition": one(lead, np.int32)}
   side = trainer.config.tokenizer.image_size
   return one((*lead, side, side, 3), np.uint8)
 

@@ -136,7 +136,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
   # One update.
 
   def _update(self, state: GeneratorState, frozen, key: jax.Array, batch: dict[str, jax.Array]):
-    """From {"ids": [accumulation, B, N], "label": [accumulation, B]}."""
+    """From {"ids": [accumulation, B, N], "condition": [accumulation, B]}."""
     config = self.config
 
     def micro_batch(carry, i, batch):
@@ -144,7 +144,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
         return masked_loss(
           arrays.merge(self._model, frozen["codes"], params),
           batch["ids"],
-          batch["label"],
+          batch["condition"],
           jax.random.fold_in(key, i),
           config.masking,
           label_smoothing=config.label_smoothing,
@@ -196,7 +196,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     key = jax.random.fold_in(jax.random.wrap_key_data(key), Stream.EVALUATION)
     model = arrays.merge(self._model, frozen["codes"], ema)
     key = jax.random.fold_in(key, number)
-    return masked_loss(model, batch["ids"][0], batch["label"][0], key, self.config.masking)[1]
+    return masked_loss(model, batch["ids"][0], batch["condition"][0], key, self.config.masking)[1]
 
   def metric_names(self) -> list[str]:
     """See `Trainer`."""

@@ -46,7 +46,7 @@ def take(source, count, *, batch_size=50, seed=3, **options):
   batches.close()
   for batch in found:
     np.testing.assert_array_equal(batch["ids"][:, 1], 2 * batch["ids"][:, 0])
-    np.testing.assert_array_equal(batch["label"], -batch["ids"][:, 0].astype(int))
+    np.testing.assert_array_equal(batch["condition"], -batch["ids"][:, 0].astype(int))
   return [batch["ids"][:, 0] for batch in found]
 
 
