@@ -18,9 +18,11 @@ import jax
 import numpy as np
 
 from coda_jax import arrays, cli, distributed, outputs, sharding, storage, weights
-from coda_jax.data import decode, inventory, pipeline, records, rng, sources, tokens
+from coda_jax.data import inventory, pipeline, records, rng, sources, tokens
+from coda_jax.data.views import Views
 from coda_jax.errors import UserError
 from coda_jax.hosts import Hosts
+from coda_jax.text import shards as text_shards
 
 log = logging.getLogger("coda_jax")
 
@@ -54,6 +56,18 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument(
     "--resize-ratio", type=cli.number(1, 100), default=1.125, help="shorter edge / crop"
+  )
+  p.add_argument(
+    "--text", choices=("captions", "embeddings"), help="write captions too, or their embeddings"
+  )
+  p.add_argument(
+    "--text-encoder", metavar="DIR", type=cli.path, help="what makes the embeddings of captions"
+  )
+  p.add_argument(
+    "--captions",
+    metavar="FILE",
+    type=cli.path,
+    help="captions of an image folder, COCO's .json, .jsonl or .csv; else what lies beside it",
   )
   p.add_argument(
     "--batch-size", type=cli.integer(1), default=64, metavar="N", help="images at a time"
@@ -91,7 +105,11 @@ def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
   if hosts is not None:
     hosts.check_same_data({"--data": found})
   fields = weights.read_config(args.tokenizer, "tokenizer")
-  images = len(source) * len(_views(args))
+  given = (args.text_encoder, args.captions)
+  texts = text_shards.open_texts(source, args.data, args.text, *given, args.batch_size)
+  options = (args.resize_ratio, args.ten_crop, args.random_crops, args.flip, args.seed)
+  views = Views(fields["image_size"], *options)
+  images = len(source) * len(views)
   shards = min(len(source), args.shards or -(-images // 10_000))
   manifest = {
     "format": tokens.FORMAT,
@@ -111,18 +129,26 @@ def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
     "order": _ORDER,
     "shards": [{"file": f"tokens-{i:05}-of-{shards:05}.array_record"} for i in range(shards)],
   }
+  if texts is not None:
+    manifest["text"] = texts.fields()
   with contextlib.ExitStack() as stack:
     with outputs.locked(args.output, "--output", wait=_WAIT):
       if _claim(args.output, manifest):
         log.info("%s is complete", args.output)
         return
       stack.enter_context(outputs.present(args.output))
-    _write(args, source, manifest)
+    _write(args, source, views, texts, manifest)
 
 
-def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict) -> None:
+def _write(
+  args: argparse.Namespace,
+  source: sources.ImageSource,
+  views: Views,
+  texts: text_shards.Texts | None,
+  manifest: dict,
+) -> None:
   """Writes the shards that are not there, and the complete manifest."""
-  size, shards = manifest["image_size"], manifest["shards"]
+  shards = manifest["shards"]
   encode = _encoder(args.tokenizer, manifest["codebook_size"])
   order = rng.generator(args.seed, rng.Stream.TOKEN_ORDER).permutation(len(source))
   first = jax.process_index() * len(shards) // jax.process_count()
@@ -130,12 +156,13 @@ def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict
 
   def write(i: int) -> None:
     file = args.output / shards[i]["file"]
-    counts = _kept(args, source, size, file)
+    counts = _kept(source, views, file, with_text=texts is not None)
     if counts is None:
       rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
-      counts = _write_shard(args, source, rows, encode, size, file)
+      counts = _write_shard(args, source, rows, encode, views, texts, file)
       log.info("%s: shard %d of %d", args.output, i + 1, len(shards))
-    shards[i] |= {key: counts[key] for key in ("images", "unreadable")}
+    keys = ("images", "unreadable", *(("captions", "captions_cut") if texts else ()))
+    shards[i] |= {key: counts[key] for key in keys}
     bad.extend(counts.get("unreadable_rows", []))
 
   tasks = [*range(first, len(shards)), *range(first)]
@@ -149,19 +176,13 @@ def _write(args: argparse.Namespace, source: sources.ImageSource, manifest: dict
       f" run the same command again, remove them and {args.output}, or raise --max-unreadable"
     )
   with outputs.locked(args.output, "--output", wait=_WAIT):
+    if texts is not None:
+      texts.write_empty(args.output)
     _write_json(args.output / tokens.MANIFEST, manifest | {"complete": True})
     outputs.writers(args.output)
   log.info("%s: tokens of %d images", args.output, manifest["images"])
-
-
-def _views(args: argparse.Namespace) -> list[tuple[str, bool]]:
-  """(place, mirrored) of every crop of an image; the places: a corner, "centre" or "random"."""
-  if args.ten_crop:
-    places = ["top left", "top right", "bottom left", "bottom right", "centre"]
-  else:
-    places = ["random"] * args.random_crops or ["centre"]
-  mirrored = (False, True) if args.flip or args.ten_crop else (False,)
-  return [(place, flip) for place in places for flip in mirrored]
+  if texts is not None:
+    texts.log(args.output, shards)
 
 
 def _claim(output: storage.Path, manifest: dict) -> bool:
@@ -188,7 +209,11 @@ def _claim(output: storage.Path, manifest: dict) -> bool:
     theirs = there.get(key)
     if key == "shards":
       ours, theirs = len(ours), len(theirs or [])
-    if key in ("complete", "order") or (key == _SOURCE and key not in there) or ours == theirs:
+    if (
+      key in ("complete", "order", "text")
+      or (key == _SOURCE and key not in there)
+      or ours == theirs
+    ):
       continue
     if key == _SOURCE:
       raise UserError(
@@ -199,8 +224,12 @@ def _claim(output: storage.Path, manifest: dict) -> bool:
     raise UserError(
       f"{output} holds tokens with {key} {theirs!r}, not {ours!r}; remove it or take a new --output"
     )
-  missing = [s["file"] for s in there["shards"] if not (output / s["file"]).is_file()]
-  complete = there["complete"] and not missing
+  text_shards.check_same(output, there.get("text"), manifest.get("text"))
+  files = [output / s["file"] for s in there["shards"]]
+  if "text" in manifest:
+    files += [_text_file(file) for file in files]
+    files += [output / name for name in (manifest["text"].get("empty"),) if name]
+  complete = there["complete"] and all(file.is_file() for file in files)
   if not complete and there.get("order") != manifest["order"]:
     raise UserError(
       f"{output} is unfinished, and the version that began it takes the images in another order; "
@@ -213,13 +242,17 @@ def _write_json(file: storage.Path, value: dict) -> None:
   outputs.write_text(file, json.dumps(value, indent=1) + "\n")
 
 
+def _text_file(shard: storage.Path) -> storage.Path:
+  return shard.with_name(tokens.text_file(shard.name))
+
+
 def _counts_file(shard: storage.Path) -> storage.Path:
   """How many images a shard holds, and the rows that it lacks; there before the shard is."""
   return shard.with_name(f"{shard.name}.json")
 
 
 def _kept(
-  args: argparse.Namespace, source: sources.ImageSource, size: int, shard: storage.Path
+  source: sources.ImageSource, views: Views, shard: storage.Path, with_text: bool
 ) -> dict | None:
   """What `_counts_file` says of a shard that is there; None if the shard must be made.
 
@@ -228,15 +261,16 @@ def _kept(
   try:
     counts = json.loads(_counts_file(shard).read_text())
     rows = counts.get("unreadable_rows", [])
-    if not shard.is_file() or len(rows) != counts["unreadable"]:  # older versions list no rows
+    whole = shard.is_file() and (not with_text or _text_file(shard).is_file())
+    if not whole or len(rows) != counts["unreadable"]:  # older versions list no rows
       return None
   except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
     return None
   for row in rows:
-    views, _ = _crops(args, source, size, row)
-    if not isinstance(views, str):
+    found, _ = views.of(source, row)
+    if not isinstance(found, str):
       return None
-    log.warning(_LEFT_OUT, source.name(row), views)
+    log.warning(_LEFT_OUT, source.name(row), found)
   return counts
 
 
@@ -257,67 +291,49 @@ def _encoder(path: storage.Path, codebook_size: int) -> Callable[[np.ndarray], n
   return run
 
 
-def _crops(
-  args: argparse.Namespace, source: sources.ImageSource, size: int, row: int
-) -> tuple[list[np.ndarray] | str, int]:
-  """(a crop uint8 [size, size, 3] of every view, label), or (why there are none, -1)."""
-  try:
-    data, label = source[row]
-    image = decode.decode_image(data)
-    crops = []
-    for i, (place, flip) in enumerate(_views(args)):
-      position = None
-      if place == "random":  # a mirrored crop is that of its own random numbers
-        position = tuple(rng.words(args.seed, rng.Stream.TOKEN_CROP, row, i)[:2])
-      elif place != "centre":
-        shorter = max(size, round(args.resize_ratio * size))
-        width, height = decode.resized_size(image.size, shorter)
-        position = (
-          0 if place.startswith("top") else height - size,
-          0 if place.endswith("left") else width - size,
-        )
-      options = {"resize_ratio": args.resize_ratio, "position": position, "flip": flip}
-      crops.append(decode.resize_and_crop(image, size, **options))
-    return crops, label
-  except (decode.UnreadableImage, OSError) as e:
-    return str(e), -1
-
-
 def _write_shard(
   args: argparse.Namespace,
   source: sources.ImageSource,
   rows: np.ndarray,
   encode: Callable[[np.ndarray], np.ndarray],
-  size: int,
+  views: Views,
+  texts: text_shards.Texts | None,
   file: storage.Path,
 ) -> dict:
-  """Writes the shard of the images `rows`, and its counts, which it returns."""
-  ids, labels, unreadable, n = [], [], [], args.batch_size
+  """Writes the shard of the images `rows` and their texts, and its counts, which it returns."""
+  ids, labels, readable, unreadable = [], [], [], []
+  size, n = views.image_size, args.batch_size
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for start in range(0, len(rows), n):  # not all at once: decoded images are large
       part = [int(r) for r in rows[start : start + n]]
       crops = []
-      found = pool.map(lambda row: _crops(args, source, size, row), part)
-      for row, (views, label) in zip(part, found, strict=True):
-        if isinstance(views, str):
+      found = pool.map(lambda row: views.of(source, row), part)
+      for row, (images, label) in zip(part, found, strict=True):
+        if isinstance(images, str):
           unreadable.append(row)
-          log.warning(_LEFT_OUT, source.name(row), views)
+          log.warning(_LEFT_OUT, source.name(row), images)
           continue
-        crops += views
-        labels += [label] * len(views)
+        crops += images
+        labels += [label] * len(images)
+        readable.append(row)
       for first in range(0, len(crops), n):
         batch = crops[first : first + n]
         padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
         padded[: len(batch)] = batch
         ids.append(encode(padded)[: len(batch)])
   counts = {"images": len(labels), "unreadable": len(unreadable), "unreadable_rows": unreadable}
-  file.unlink(missing_ok=True)  # a shard never stands beside another one's counts
+  numbers = np.asarray(labels, np.int32)
+  file.unlink(missing_ok=True)  # a shard never stands beside another one's texts or counts
+  if texts is not None:
+    places, cut = texts.write(_text_file(file), readable)
+    counts |= {"captions": int(places[:, 1].sum()), "captions_cut": cut}
+    numbers = np.column_stack([numbers, places.repeat(len(views), 0)])
   _write_json(_counts_file(file), counts)
   mixed = rng.generator(args.seed, rng.Stream.TOKEN_MIX, int(rows[0])).permutation(len(labels))
   all_ids = np.concatenate(ids)[mixed] if ids else np.zeros((0, 0), np.uint16)
-  all_labels = np.asarray(labels, np.int32)[mixed]
+  numbers = numbers[mixed]
   parts = (slice(i, i + tokens.RECORD_IMAGES) for i in range(0, len(mixed), tokens.RECORD_IMAGES))
-  records.write(file, (tokens.pack(all_ids[p], all_labels[p]) for p in parts))
+  records.write(file, (tokens.pack(all_ids[p], numbers[p]) for p in parts))
   return counts
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ LOOK_LIKE_IMAGES = _BY_PLUGIN | _NOT_READ  # where they are skipped
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 _TRAIN = ("train", "training")
 SPLITS = (*_TRAIN, "val", "valid", "validation", "test", "testing")
+METADATA = ("metadata.jsonl", "metadata.csv")  # captions, which `data.text` reads
 _SHOWN = 3
 ONLY_ON_DISK = (
   "images are read from a disk alone; mount the bucket, or copy the images by "
@@ -135,6 +137,7 @@ class FolderSource:
       return False
 
     top = [e for e in os.scandir(root) if not e.is_dir() and not _is_passed_over(e.name)]
+    top = [e for e in top if e.name not in METADATA]
     flat = sorted(e.path for e in top if is_image(e))
     by_class = {}
     for name in subs:
@@ -179,6 +182,11 @@ class FolderSource:
   def __getitem__(self, row: int) -> tuple[bytes, int]:
     with open(self.name(row), "rb") as f:
       return f.read(), int(self._labels[row])
+
+  def file_names(self) -> list[str]:
+    """The images' paths below the folder."""
+    bounds = itertools.pairwise([0, *self._ends.tolist()])
+    return [os.fsdecode(self._names[start:end]) for start, end in bounds]
 
   def fingerprint(self) -> str:
     """SHA-256 of the classes, the files' names below the folder, and the labels."""

@@ -9,13 +9,13 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from coda_jax import storage
-from coda_jax.data import shards
+from coda_jax.data import shards, text
 from coda_jax.data.decode import UnreadableImage
 from coda_jax.data.folder import ONLY_ON_DISK
 from coda_jax.data.labels import number_labels
@@ -96,9 +96,8 @@ class ParquetSource:
     if column is None:
       return (), np.full(len(self), -1, "<i4")
 
-    def read(file: str | pathlib.Path) -> list:
-      table = _read(lambda f: parquet.read_table(f, columns=[column], use_threads=False), file)
-      return table.column(0).to_pylist()
+    def read(file: str) -> list:
+      return self._values(parquet, file, column)
 
     own = [label for labels in _of_all(read, self._files) for label in labels]
     feature = features.get(column)
@@ -156,6 +155,26 @@ class ParquetSource:
       raise
     except Exception as e:  # pyarrow raises its own types
       raise UnreadableImage(f"row group {group} of {name}: {first_line(e)}") from e
+
+  def captions(self) -> Iterator[list[str]]:
+    """The captions of every row; see `data.text`."""
+    parquet = _pyarrow()
+    for file in self._files:
+      names = _read(parquet.read_schema, file).names
+      column = next((c for c in text.COLUMNS if c in names), None)
+      if column is None:
+        raise UserError(f"{file} has no column of captions; its columns: {', '.join(names)}")
+      values = self._values(parquet, file, column)
+      try:
+        yield from (text.texts({column: value}) for value in values)
+      except ValueError as e:
+        raise UserError(f"{file}: {e}") from e
+
+  @staticmethod
+  def _values(parquet: Any, file: str, column: str) -> list:
+    """All values of a column."""
+    table = _read(lambda f: parquet.read_table(f, columns=[column], use_threads=False), file)
+    return table.column(0).to_pylist()
 
   def fingerprint(self) -> str:
     """SHA-256 of the files' names, the rows and bytes of their groups, the labels and classes."""

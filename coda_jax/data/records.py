@@ -20,15 +20,19 @@ def _array_record() -> tuple[type, type]:
   return writer.ArrayRecordWriter, source.ArrayRecordDataSource
 
 
-def write(path: storage.Path, records: Iterable[bytes]) -> None:
+def write(path: storage.Path, records: Iterable[bytes], *, compressed: bool = True) -> None:
   """Writes a file, which appears when it is whole. A file that is there is replaced.
+
+  Args:
+    compressed: by zstd; not worth its time for floating-point numbers.
 
   Raises:
     UserError: the package array-record is not installed.
   """
   writer_type, _ = _array_record()
   with outputs.replaced(path) as aside:
-    writer = writer_type(str(aside), "group_size:1")  # random access record by record
+    options = "group_size:1" + ("" if compressed else ",uncompressed")  # random access one by one
+    writer = writer_type(str(aside), options)
     try:
       for record in records:
         writer.write(record)

@@ -22,6 +22,7 @@ class Stream(enum.IntEnum):
   TOKEN_ORDER = 5  # which images a shard of tokens holds
   TOKEN_MIX = 6  # order of the crops in a shard of tokens: first row
   KERNEL_SUBSET = 7  # which images a subset of a kernel distance holds: number of the subset
+  CAPTION = 8  # which of an image's captions stands in a batch: global index
 
 
 def words(seed: int, stream: Stream, *keys: int) -> list[int]:

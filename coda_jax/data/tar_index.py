@@ -1,7 +1,7 @@
 """Where the images of tar shards lie: an index that is made once and kept in a file.
 
 A sample is what shares a name up to the first dot of its last part (WebDataset's rule): an image,
-and its label in `.cls` or `.json`.
+its label in `.cls` or `.json`, and its captions in `.txt` or `.json`.
 """
 
 import collections
@@ -26,7 +26,7 @@ from coda_jax.errors import UserError
 
 log = logging.getLogger("coda_jax")
 
-_FORMAT = "coda_jax tar index 1"
+_FORMAT = "coda_jax tar index 2"
 _LABEL_KEYS = ("label", "cls", "class", "class_id")  # of .json
 _MOST_BYTES = 1 << 20  # of a .cls or .json that is read
 _THREADS = 8
@@ -42,6 +42,8 @@ class TarIndex:
     names: of all images, one after the other, in UTF-8.
     ends: int64 [n], where each name ends.
     labels: the label of each image: a number, a class name, or None.
+    texts: int64 [n, 3], where the file of an image's captions begins, its bytes, and what it is:
+      0 for none, 1 for `.txt`, 2 for `.json`.
     skipped: how many members are not read, by their ending.
   """
 
@@ -51,6 +53,7 @@ class TarIndex:
   names: bytes
   ends: np.ndarray
   labels: tuple[int | str | None, ...]
+  texts: np.ndarray
   skipped: Mapping[str, int]
 
 
@@ -106,16 +109,18 @@ def scan(file: pathlib.Path) -> TarIndex:
 
 def _index(file: pathlib.Path, samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> TarIndex:
   extensions, skipped = image_extensions(), collections.Counter()
-  found, labels = [], []
+  found, labels, captions = [], [], []
   with file.open("rb") as f:
     for key, members in samples.items():
       images = [ending for ending in members if ending in extensions]
-      used = {images[0], ".cls", ".json"} if images else set()
+      used = {images[0], ".cls", ".json", ".txt"} if images else set()
       skipped.update(ending for ending in members if ending not in used)
       if images:
         found.append((f"{key}{images[0]}".encode(errors="replace"), *members[images[0]]))
         texts = {k: _text(f, *members[k]) for k in (".cls", ".json") if k in members}
         labels.append(_label(texts))
+        kind = next((i for i, k in enumerate((".txt", ".json"), 1) if k in members), 0)
+        captions.append((*members[(".txt", ".json")[kind - 1]], kind) if kind else (0, 0, 0))
   names, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
   return TarIndex(
     counts=(len(found),),
@@ -124,6 +129,7 @@ def _index(file: pathlib.Path, samples: Mapping[str, Mapping[str, tuple[int, int
     names=b"".join(names),
     ends=np.cumsum([len(n) for n in names], dtype="<i8"),
     labels=tuple(labels),
+    texts=np.array(captions, "<i8").reshape(-1, 3),
     skipped=dict(skipped.most_common()),
   )
 
@@ -162,6 +168,7 @@ def _joined(parts: Sequence[TarIndex]) -> TarIndex:
     names=b"".join(p.names for p in parts),
     ends=np.concatenate([p.ends + n for p, n in zip(parts, lengths, strict=False)]),
     labels=tuple(label for p in parts for label in p.labels),
+    texts=np.concatenate([p.texts for p in parts]),
     skipped=dict(skipped.most_common()),
   )
 
@@ -181,6 +188,7 @@ def _write(places: Sequence[pathlib.Path], keys: Sequence, parts: Sequence[TarIn
     "names": np.frombuffer(whole.names, np.uint8),
     "ends": whole.ends,
     "labels": np.array([kinds[label] for label in whole.labels], "<i4"),
+    "texts": whole.texts,
   }
   for place in places:
     try:
@@ -200,7 +208,7 @@ def _read(place: pathlib.Path) -> dict[tuple[str, int, int], TarIndex]:
       header = json.loads(f["header"].tobytes())
       if header["format"] != _FORMAT:
         return {}
-      offsets, sizes, ends = f["offsets"], f["sizes"], f["ends"]
+      offsets, sizes, ends, texts = f["offsets"], f["sizes"], f["ends"], f["texts"]
       names, labels = f["names"].tobytes(), [header["labels"][i] for i in f["labels"]]
     found, first, byte = {}, 0, 0
     for name, size, changed, count, length, skipped in header["tars"]:
@@ -212,6 +220,7 @@ def _read(place: pathlib.Path) -> dict[tuple[str, int, int], TarIndex]:
         names=names[byte : byte + length],
         ends=ends[here] - byte,
         labels=tuple(labels[here]),
+        texts=texts[here],
         skipped=skipped,
       )
       first, byte = first + count, byte + length

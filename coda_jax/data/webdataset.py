@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from coda_jax import storage
-from coda_jax.data import shards, tar_index
+from coda_jax.data import shards, tar_index, text
 from coda_jax.data.decode import UnreadableImage
 from coda_jax.data.folder import ONLY_ON_DISK
 from coda_jax.data.labels import number_labels
@@ -19,8 +19,9 @@ class WebDatasetSource:
   """Images in tar files: members of one name, `x.jpg` with its label in `x.cls` or `x.json`.
 
   `.cls` holds a number or a class name, `.json` one of them under `label`, `cls`, `class` or
-  `class_id`. Classes are 0 to the largest number, or the sorted names of all splits. Where the
-  images lie is found once and kept in an index (`tar_index`).
+  `class_id`. Classes are 0 to the largest number, or the sorted names of all splits. Captions stand
+  in `x.txt` or `x.json` (`data.text`). Where the images lie is found once and kept in an index
+  (`tar_index`).
 
   Attributes:
     skipped: how many members are not read, by their ending.
@@ -42,6 +43,7 @@ class WebDatasetSource:
     self._ends_of_tars = np.cumsum(index.counts)
     self._offsets, self._sizes = index.offsets, index.sizes
     self._names, self._ends = index.names, index.ends
+    self._texts = index.texts
     if not len(self):
       there = ", ".join(f"{n:,} {ending}" for ending, n in self.skipped.items()) or "nothing"
       raise UserError(f"{self._where} holds no images, only {there}")
@@ -60,13 +62,25 @@ class WebDatasetSource:
     return int(np.searchsorted(self._ends_of_tars, row, side="right"))
 
   def __getitem__(self, row: int) -> tuple[bytes, int]:
-    tar, size = self._tar(row), int(self._sizes[row])
+    data = self._read(self._tar(row), int(self._offsets[row]), int(self._sizes[row]))
+    return data, int(self._labels[row])
+
+  def _read(self, tar: int, offset: int, size: int) -> bytes:
     with open(self._files[tar], "rb") as f:
       stat = os.fstat(f.fileno())
       if (stat.st_size, stat.st_mtime_ns) != self._stats[tar]:
         raise UnreadableImage(f"{self._files[tar]} changed since it was indexed")
-      f.seek(int(self._offsets[row]))
-      return f.read(size), int(self._labels[row])
+      f.seek(offset)
+      return f.read(size)
+
+  def captions(self) -> Iterator[list[str]]:
+    """The captions of every row; see `data.text`."""
+    for row, (offset, size, kind) in enumerate(self._texts.tolist()):
+      try:
+        data = self._read(self._tar(row), offset, size).decode() if kind else ""
+        yield text.texts(json.loads(data)) if kind == 2 else text.clean([data])
+      except (UnreadableImage, OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{self.name(row)}: its captions cannot be read: {e}") from e
 
   def name(self, row: int) -> str:
     start = self._ends[row - 1] if row else 0

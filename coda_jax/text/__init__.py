@@ -12,9 +12,9 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from coda_jax import arrays, weights
+from coda_jax import arrays, sharding, weights
 from coda_jax.errors import UserError
 from coda_jax.text import bpe
 
@@ -26,13 +26,25 @@ class TextEncoder(Protocol):
   """What a text encoder offers.
 
   Attributes:
+    kind: its name in `ENCODERS`.
     tokens, width: vectors of a text, and numbers of a vector.
+    padding: what short texts are filled up with: "end" for the end token.
     fingerprint: of weights and settings; embeddings of another one are another language.
   """
 
+  kind: str
   tokens: int
   width: int
+  padding: str
   fingerprint: str
+
+  def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], list[int]]:
+    """(ids int32 [B, tokens] of the texts, the numbers of those that were cut)."""
+    ...
+
+  def embed(self, ids: Int[np.ndarray, "b n"]) -> Float[np.ndarray, "b n c"]:
+    """Vectors float32 [B, tokens, width] of the texts of ids [B, tokens]."""
+    ...
 
   def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "b n c"]:
     """Vectors of the texts, float32 [B, tokens, width]."""
@@ -48,6 +60,8 @@ class CLIPTextEncoder:
     UserError: missing, damaged or foreign files.
   """
 
+  kind, padding = "clip-text", "end"
+
   def __init__(self, path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32):
     model, fields = weights.load_clip_text(path, dtype=dtype)
     config = model.config
@@ -57,21 +71,29 @@ class CLIPTextEncoder:
     self.fingerprint: str = fields["fingerprint"]
     self._run = _run(model)
 
+  def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+    """See `TextEncoder`."""
+    return bpe.encode(texts, context=self.tokens)
+
+  def embed(self, ids: np.ndarray) -> np.ndarray:
+    """See `TextEncoder`. All devices of this process share the work if they divide it."""
+    size = arrays.padded_size(len(ids))
+    padded = np.pad(ids, ((0, size - len(ids)), (0, 0)), constant_values=bpe.END)
+    return np.asarray(self._run(sharding.over_local_devices(padded)))[: len(ids)]
+
   def encode(self, texts: Sequence[str]) -> np.ndarray:
     """Vectors float32 [B, tokens, width] of the texts; what is longer is cut, with one warning."""
-    ids, cut = bpe.encode(texts, context=self.tokens)
+    ids, cut = self.tokenize(texts)
     if cut:
       log.warning(
         "%d of %d texts are longer than %d tokens and are cut: %r",
         *(len(cut), len(texts), self.tokens - 2, texts[cut[0]][:60]),
       )
-    size = arrays.padded_size(len(ids))
-    padded = np.pad(ids, ((0, size - len(ids)), (0, 0)), constant_values=bpe.END)
-    return np.asarray(self._run(padded))[: len(ids)]
+    return self.embed(ids)
 
 
 _run = arrays.jit_module(lambda model, ids: model(ids))
-ENCODERS: dict[str, type[CLIPTextEncoder]] = {"clip-text": CLIPTextEncoder}
+ENCODERS: dict[str, type[CLIPTextEncoder]] = {CLIPTextEncoder.kind: CLIPTextEncoder}
 
 
 def load_text_encoder(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> TextEncoder:
