@@ -130,7 +130,8 @@ def _beside(root: pathlib.Path) -> pathlib.Path:
       " name a file with --captions"
     )
   if len(found) > 1:
-    raise UserError(f"{root} has several files of captions: {few(found)}; name one by --captions")
+    names = ", ".join(map(str, found))
+    raise UserError(f"{root} has several files of captions: {names}; name one by --captions")
   return found[0]
 
 
@@ -180,7 +181,7 @@ def _coco(text: str) -> Iterator[tuple[str, list[str]]]:
     raise ValueError("COCO's have lists `images` and `annotations`")
   names = {image["id"]: image["file_name"] for image in fields["images"]}
   for number, annotation in enumerate(fields["annotations"], 1):
-    if annotation.keys() < {"image_id", "caption"} or annotation["image_id"] not in names:
+    if not {"image_id", "caption"} <= annotation.keys() or annotation["image_id"] not in names:
       raise ValueError(f"annotation {number} has no `caption`, or no image in `images`")
     yield names[annotation["image_id"]], texts(annotation)
 

@@ -23,7 +23,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
@@ -150,12 +150,12 @@ class TokenSource:
     except Exception as e:
       raise UserError(f"{self._first_damaged(rows)} is damaged ({e}); {_MEND}") from e
     if self.text is not None:
-      firsts = [self._first_texts[self._shard(row)] for row in rows]
+      firsts = [self._first_texts[self._shard(int(row))] for row in rows]
       found = [(ids, labels + [0, n, 0]) for (ids, labels), n in zip(found, firsts, strict=True)]
     ids, labels = zip(*found, strict=True)
     return np.concatenate(ids), np.concatenate(labels)
 
-  def texts(self, numbers: Sequence[int]) -> list[str] | np.ndarray:
+  def texts(self, numbers) -> list[str] | np.ndarray:
     """Captions by their numbers, or their embeddings float16 [b, T, D]."""
     assert self.text is not None
     try:

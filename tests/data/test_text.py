@@ -1,6 +1,7 @@
 """Captions of image sets: every layout, and what is wrong with a file."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -107,7 +108,8 @@ def test_columns_of_parquet(tmp_path, column):
   parquet.write_table(pa.Table.from_pylist(rows[2:]), tmp_path / "train-00001-of-00002.parquet")
   spec = f"parquet:{tmp_path}@train"
   assert of(captions(spec)) == ([["one"], ["two"], ["three"]] if column == "caption" else TEXTS)
-  assert f"{spec} holds its captions itself; leave out --captions x.csv" in error(spec, "x.csv")
+  line = error(spec, pathlib.Path("x.csv"))
+  assert f"{spec} holds its captions itself; leave out --captions x.csv" in line
   parquet.write_table(
     pa.Table.from_pylist([{"image": {"bytes": b""}, "words": "a"}]), tmp_path / "val.parquet"
   )
@@ -129,9 +131,8 @@ def test_members_of_webdataset(tmp_path, monkeypatch):
   for _ in range(2):  # the second time from the index
     assert of(captions(f"webdataset:{tmp_path}@train")) == [["a photo"], TEXTS[0]]
   test_webdataset.write(tmp_path / "train-1.tar", members[-2:])
-  assert "2.jpg: its captions cannot be read: text is neither" in error(
-    f"webdataset:{tmp_path}@train"
-  )
+  spec = f"webdataset:{tmp_path}@train"
+  assert "2.jpg: its captions cannot be read: text is neither" in error(spec)
   test_webdataset.write(tmp_path / "train-1.tar", members[-2:-1])
   line = error(spec)
   assert f"1 of 3 images of {spec} have no caption: " in line
