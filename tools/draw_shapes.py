@@ -121,19 +121,26 @@ def random_scene(rng: np.random.Generator, unseen: bool) -> Scene:
       return scene
 
 
+def inside(shape: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Whether points lie in a shape, whose box is from -1 (top, left) to 1."""
+  box = (abs(y) <= 1) & (abs(x) <= 1)
+  return (
+    box
+    & {
+      "circle": x**2 + y**2 <= 1,
+      "square": box,
+      "triangle": abs(x) <= (y + 1) / 2,
+      "cross": (abs(x) <= 1 / 3) | (abs(y) <= 1 / 3),
+    }[shape]
+  )
+
+
 @functools.cache
-def mask(shape: str, height: int, width: int) -> np.ndarray:
-  """How much of each pixel a shape of this size covers, float [height, width]."""
+def mask(shape: str, edge: int) -> np.ndarray:
+  """How much of each pixel a shape of this size covers, float [edge, edge]."""
   fine = 8
-  y, x = np.mgrid[0 : height * fine, 0 : width * fine] + 0.5
-  y, x = 2 * y / (height * fine) - 1, 2 * x / (width * fine) - 1
-  inside = {
-    "circle": x**2 + y**2 <= 1,
-    "square": np.ones_like(x, bool),
-    "triangle": abs(x) <= (y + 1) / 2,
-    "cross": (abs(x) <= 1 / 3) | (abs(y) <= 1 / 3),
-  }[shape]
-  return inside.reshape(height, fine, width, fine).mean((1, 3))
+  y, x = (np.mgrid[0 : edge * fine, 0 : edge * fine] + 0.5) * 2 / (edge * fine) - 1
+  return inside(shape, y, x).reshape(edge, fine, edge, fine).mean((1, 3))
 
 
 def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -144,7 +151,7 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
   for group, places in zip(
     [group for group, _ in scene.groups()], _places(scene, rng), strict=True
   ):
-    covered = mask(group.shape, edge, edge)[..., None]
+    covered = mask(group.shape, edge)[..., None]
     for place in places:
       jitter = rng.integers(-shift, shift + 1, 2)
       corner = [round((p + 0.5) * cell - edge / 2) for p in place]
@@ -155,21 +162,19 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _places(scene: Scene, rng: np.random.Generator) -> list[list[tuple[int, int]]]:
-  """Cells (row, column) of the shapes of each group."""
+  """Cells (row, column) of the shapes of each group. No second relation is true by chance."""
   if scene.relation is None:
     cells = [*itertools.product(range(_CELLS), repeat=2)]
     return [[cells[i] for i in rng.permutation(len(cells))[: scene.first.count]]]
-  lines = sorted(
-    rng.permutation(_CELLS)[:2]
-  )  # columns for left and right, rows for above and below
-  if scene.relation in ("right of", "below"):
-    lines.reverse()
-  found = []
-  for (group, relation), line in zip(scene.groups(), lines, strict=True):
-    others = rng.permutation(_CELLS)[: group.count]
-    beside = relation in ("left of", "right of")
-    found.append([(int(o), int(line)) if beside else (int(line), int(o)) for o in others])
-  return found
+  lines = rng.permutation(_CELLS)[:2].tolist()  # columns; or rows for above and below
+  lines.sort(reverse=scene.relation in ("right of", "below"))
+  across: list[list[int]] = []
+  while not across or max(across[0]) < min(across[1]) or max(across[1]) < min(across[0]):
+    # Again, if two groups beside one another stand above one another as well.
+    across = [rng.permutation(_CELLS)[: g.count].tolist() for g, _ in scene.groups()]
+  if scene.relation in ("left of", "right of"):
+    return [[(i, line) for i in these] for these, line in zip(across, lines, strict=True)]
+  return [[(line, i) for i in these] for these, line in zip(across, lines, strict=True)]
 
 
 def write(output: pathlib.Path, counts: dict[str, int], size: int, seed: int) -> None:
@@ -197,11 +202,11 @@ def main() -> None:
   parser.add_argument("--output", type=pathlib.Path, required=True)
   parser.add_argument("--train", type=int, default=8000, help="images of train")
   parser.add_argument("--unseen", type=int, default=1000, help="images of unseen")
-  parser.add_argument("--size", type=int, default=64, help="their edge in pixels, at least 32")
+  parser.add_argument("--size", type=int, default=64, help="their edge in pixels, at least 48")
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
-  if args.size < 32 or min(args.train, args.unseen) < 1:
-    parser.error("--size must be at least 32, and each split needs an image")
+  if args.size < 48 or min(args.train, args.unseen) < 1:
+    parser.error("--size must be at least 48, and each split needs an image")
   try:
     write(args.output, {"train": args.train, "unseen": args.unseen}, args.size, args.seed)
   except UserError as e:

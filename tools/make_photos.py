@@ -4,6 +4,7 @@
   pip download --no-deps scikit-image==0.26.0 scikit-learn==1.9.1
   python -m tools.make_photos --packages FOLDER_WITH_THE_FOUR_FILES
 
+Captions were written by hand, three a file, and stand in `metadata.csv` of each split.
 `tools/photos.csv` says which photos are taken, under which licence, and into which split: all of
 a photo's crops are in one split. Of gcompris's photos only those are listed whose licence its own
 source tree states file by file (`README` beside the photos); Debian's copyright file describes
@@ -199,8 +200,9 @@ def main() -> None:
   parser.add_argument("--packages", type=pathlib.Path, required=True)
   packages = parser.parse_args().packages
   photos = read_table()
-  if PHOTOS.exists():
-    shutil.rmtree(PHOTOS)
+  for folder in PHOTOS.glob("*/*"):  # captions stay: `metadata.csv` of each split
+    if folder.is_dir():
+      shutil.rmtree(folder)
   count = size = 0
   for photo, image in load_photos(packages, photos):
     folder = PHOTOS / photo.split / photo.subject
