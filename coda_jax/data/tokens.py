@@ -132,6 +132,9 @@ class TokenSource:
     self._records = records.read(self._files, len(sizes), self.path / MANIFEST, mend=_MEND)
     self.text: dict | None = self.manifest.get("text")
     if self.text is not None:
+      if self.text["kind"] not in ("captions", "embeddings"):
+        kind = self.text["kind"]
+        raise UserError(f"{path} holds texts as {kind!r}, which this version does not read")
       counts = [s["captions"] for s in self._shards]
       files = [self.path / text_file(s["file"]) for s in self._shards]
       self._texts = records.read(files, sum(counts), self.path / MANIFEST, mend=_MEND)

@@ -70,6 +70,16 @@ def test_the_bytes_of_a_record():
   assert tokens.pack(transposed, np.array([-1, 0, 258])) == record
 
 
+def test_a_record_with_texts():
+  ids, labels = np.array([[1, 2], [3, 4]], np.uint16), np.array([[-1, 0, 5], [7, 5, 1]])
+  record = tokens.pack(ids, labels)
+  assert record[:8] == b"CJT1\x02\x00\x02\x00" and len(record) == 16 + 24 + 8
+  for found, expected in zip(tokens.unpack(record), (ids, labels), strict=True):
+    np.testing.assert_array_equal(found, expected)
+  with pytest.raises(ValueError, match="not a record"):
+    tokens.unpack(record[:-4])
+
+
 def test_what_is_no_record_is_refused():
   record = tokens.pack(np.zeros((3, 2), np.uint16), np.zeros(3))
   odd = record[:4] + b"\x03" + record[5:]  # ids of three bytes
@@ -171,6 +181,7 @@ def test_directories_that_cannot_be_read(tmp_path):
   assert "'coda_jax tokens 9'" in error(write(tmp_path, format="coda_jax tokens 9"))
   assert "is unfinished: run the same" in error(write(tmp_path, complete=False))
   assert "holds no images" in error(write(tmp_path, shards=(0, 0)))
+  assert "texts as 'speech', which" in error(write(tmp_path, text={"kind": "speech"}))
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):
