@@ -18,6 +18,7 @@ def test_the_numbers_are_those_of_the_first_release():
     "TOKEN_ORDER": 5,
     "TOKEN_MIX": 6,
     "KERNEL_SUBSET": 7,
+    "CAPTION": 8,
   }
   expected = np.random.default_rng((7, 4)).integers(0, 1000, 5)
   np.testing.assert_array_equal(rng.generator(7, Stream.SAMPLES).integers(0, 1000, 5), expected)
@@ -30,5 +31,5 @@ def test_seeds_streams_and_keys_give_unrelated_numbers():
     for stream in Stream
     for keys in ((1,), (2,), (1, 1))
   ]
-  assert len(set(words)) == 3 * 8 * 3
+  assert len(set(words)) == 3 * 9 * 3
   assert all(0 <= w < 2**64 for four in words for w in four)
