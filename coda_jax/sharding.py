@@ -85,6 +85,37 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     raise UserError(f"{name} is {size} images; the mesh splits it over {shards} devices evenly")
 
 
+def batch_parts(mesh: Mesh) -> list[list[int]]:
+  """The processes that hold each part of a global batch, first part first.
+
+  Processes whose devices differ along `model` alone hold the same images: they read one part.
+
+  Raises:
+    UserError: two processes have some of their images in common, but not all.
+  """
+  rows: dict[int, set[int]] = {}
+  shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
+  for row, devices in enumerate(mesh.devices.reshape(shards, -1)):
+    for device in devices:
+      rows.setdefault(device.process_index, set()).add(row)
+  parts: dict[tuple[int, ...], list[int]] = {}
+  for process, held in sorted(rows.items()):
+    parts.setdefault(tuple(sorted(held)), []).append(process)
+  if shards != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
+    raise UserError(
+      f"config.mesh: model={mesh.shape['model']} cuts the devices of a host; let it divide their"
+      " number or be a multiple of it"
+    )
+  return [parts[held] for held in sorted(parts)]
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+  """(which part of a global batch this process reads, number of parts)."""
+  parts = batch_parts(mesh)
+  mine = jax.process_index()
+  return next(i for i, processes in enumerate(parts) if mine in processes), len(parts)
+
+
 class GlobalBatches:
   """Iterator over the global batches of which every process reads its own part.
 
@@ -120,9 +151,9 @@ def gather(tree, mesh: Mesh):
 
 
 def to_global(local: np.ndarray, sharding: NamedSharding, axis: int = 0) -> jax.Array:
-  """The global array of which every process gives its part along `axis`."""
+  """The global array of which every process gives its part along `axis`; see `batch_part`."""
   shape = list(local.shape)
-  shape[axis] *= jax.process_count()
+  shape[axis] *= batch_part(sharding.mesh)[1]
   return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
 
 

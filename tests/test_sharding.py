@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -49,6 +51,32 @@ def test_batches_must_divide(mesh):
   sharding.check_batch("a batch", 8, mesh)
   with pytest.raises(UserError, match="a batch is 6 images; the mesh splits it over 4 devices"):
     sharding.check_batch("a batch", 6, mesh)
+
+
+@pytest.mark.parametrize(
+  ("shape", "devices", "parts"),
+  [
+    ((4, 1, 2), [0, 0, 0, 0, 1, 1, 1, 1], [[0], [1]]),
+    ((2, 2, 2), [0, 0, 1, 1, 0, 0, 1, 1], [[0], [1]]),  # a part need not be in one piece
+    ((1, 1, 8), [0, 0, 0, 0, 1, 1, 1, 1], [[0, 1]]),
+    ((2, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], [[0, 1], [2, 3]]),
+  ],
+)
+def test_processes_along_model_read_the_same_images(shape, devices, parts):
+  devices = [types.SimpleNamespace(process_index=i) for i in devices]
+  mesh = types.SimpleNamespace(
+    devices=np.array(devices).reshape(shape), shape=dict(zip(sharding.AXES, shape, strict=True))
+  )
+  assert sharding.batch_parts.__wrapped__(mesh) == parts
+
+
+def test_processes_that_share_part_of_their_images():
+  devices = [types.SimpleNamespace(process_index=i) for i in [0, 0, 0, 0, 1, 1, 1, 1]]
+  mesh = types.SimpleNamespace(
+    devices=np.array(devices[:6]).reshape(2, 1, 3), shape={"data": 2, "fsdp": 1, "model": 3}
+  )
+  with pytest.raises(UserError, match="config.mesh: model=3 cuts the devices of a host"):
+    sharding.batch_parts.__wrapped__(mesh)
 
 
 class Local:

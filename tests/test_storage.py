@@ -311,7 +311,7 @@ def test_a_run_in_a_bucket(gcs, tmp_path, monkeypatch):
   """Killed, stopped and continued it equals a run on a disk; its product is used from there."""
   runs.make_inputs(tmp_path)
   (tmp_path / "config.py").write_text(test_train.CONFIG.format(folder=str(tmp_path)))
-  whole = test_train.run_whole(tmp_path, "plain")
+  whole = test_train.run_whole(tmp_path)
   for name in set(gcs) - set(os.environ):
     monkeypatch.setenv(name, gcs[name])
   workdir, read = f"gs://{stores.BUCKET}/run", lambda name: stores.request(gcs, f"run/{name}")

@@ -66,14 +66,18 @@ def tokenizer(workdir):
   return safetensors.numpy.load_file(workdir / "tokenizer" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def whole(folder):
-  """A run from its start to its end."""
+def run_whole(folder):
+  """The workdir of a run from its start to its end."""
   process = start(folder, folder / "whole")
   _, errors = process.communicate(timeout=600)
   assert process.returncode == 0, errors
   assert "step 16/16" in errors and "done:" in errors
   return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  return run_whole(folder)
 
 
 def test_killed_and_stopped_runs_end_with_the_same_bits(folder, whole):

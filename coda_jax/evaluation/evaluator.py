@@ -56,7 +56,9 @@ def evaluate(
     total = found if total is None else total.merge(found)
   if total is None:
     raise UserError("there are no images to evaluate")
-  return total if mesh is None else of_all_processes(total)
+  if mesh is None:
+    return total
+  return of_processes(total, [first for first, *_ in sharding.batch_parts(mesh)])
 
 
 def outputs(
@@ -109,8 +111,8 @@ def in_batches(images: UInt8[np.ndarray, "n h w 3"], size: int) -> list[dict[str
   return out
 
 
-def of_all_processes(local: M) -> M:
-  """Merges a metric or sums of all processes, in their order; a collective with one result for all.
+def of_processes(local: M, processes: Sequence[int]) -> M:
+  """Merges a metric or sums of some processes, in this order; a collective of all processes.
 
   One process after the other sends its arrays as the bytes of an `.npz` file, so that a host holds
   two of them at a time, however many there are: counts are sums, and large. The lengths may differ,
@@ -130,4 +132,4 @@ def of_all_processes(local: M) -> M:
     with np.load(io.BytesIO(np.asarray(sent)[: sizes[process]].tobytes())) as found:
       return jax.tree.unflatten(structure, [found[name] for name in found.files])
 
-  return functools.reduce(lambda a, b: a.merge(b), map(of, range(len(sizes))))
+  return functools.reduce(lambda a, b: a.merge(b), map(of, processes))

@@ -182,13 +182,14 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     return self._batches_of(self.train_tokens, self.config.data.batch_size, start)
 
   def _batches_of(self, source: tokens.TokenSource, batch_size: int, start: int):
+    part, parts = sharding.batch_part(self.mesh)
     return tokens.TokenBatches(
       source,
       batch_size=batch_size,
       seed=self.config.seed,
       start=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part,
+      process_count=parts,
     )
 
   def _eval_sums(self, ema: Arrays, frozen, key: jax.Array, batch, number):

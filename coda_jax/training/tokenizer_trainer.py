@@ -301,14 +301,15 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
 
   def _local_batches(self, start: int):
     data = self.config.data
+    part, parts = sharding.batch_part(self.mesh)
     return pipeline.train_batches(
       self.train_images,
       image_size=self.config.tokenizer.image_size,
       batch_size=data.batch_size,
       seed=self.config.seed,
       start=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part,
+      process_count=parts,
       workers=data.workers,
       resize_ratio=data.resize_ratio,
       flip=data.flip,
@@ -336,12 +337,13 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
   def evaluate(self, state: TrainState) -> dict[str, float]:
     """Metrics of the averaged weights on held-out images: posterior mean, centre crops."""
     config = self.config
+    part, parts = sharding.batch_part(self.mesh)
     with pipeline.eval_batches(
       self.eval_images,
       image_size=config.tokenizer.image_size,
       batch_size=config.eval.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part,
+      process_count=parts,
       workers=config.data.workers,
       resize_ratio=config.data.resize_ratio,
       limit=config.eval.images or None,

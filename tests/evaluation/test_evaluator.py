@@ -93,7 +93,7 @@ def test_eight_devices_find_what_one_finds(settings):
 
 
 def on_two_processes(monkeypatch, local: list) -> list:
-  """What `of_all_processes` gives each of two threads that stand for two processes."""
+  """What `of_processes` gives each of two threads that stand for two processes."""
   barrier, sent, found = threading.Barrier(2), [None, None], [None, None]
 
   rank = lambda: int(threading.current_thread().name)
@@ -117,7 +117,7 @@ def on_two_processes(monkeypatch, local: list) -> list:
   monkeypatch.setattr(evaluator.multihost_utils, "broadcast_one_to_all", broadcast_one_to_all)
 
   def run(rank: int):
-    found[rank] = evaluator.of_all_processes(local[rank])
+    found[rank] = evaluator.of_processes(local[rank], [0, 1])
 
   threads = [threading.Thread(target=run, args=(i,), name=str(i)) for i in range(2)]
   for thread in threads:
