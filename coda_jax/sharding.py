@@ -153,6 +153,7 @@ def gather(tree, mesh: Mesh):
 def to_global(local: np.ndarray, sharding: NamedSharding, axis: int = 0) -> jax.Array:
   """The global array of which every process gives its part along `axis`; see `batch_part`."""
   shape = list(local.shape)
+  assert isinstance(sharding.mesh, Mesh)
   shape[axis] *= batch_part(sharding.mesh)[1]
   return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
 
