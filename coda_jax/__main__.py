@@ -9,6 +9,7 @@ from coda_jax import __version__
 COMMANDS = {
   "convert": "published PyTorch weights to our directories, and back",
   "train": "a tokenizer or a generator, by a config",
+  "discretize": "a tokenizer from a continuous VAE, without training",
   "eval": "how good reconstructions or samples are",
   "reconstruct": "images through a tokenizer and back",
   "visualize": "a report of a tokenizer",

@@ -8,7 +8,6 @@ that is compiled once, and run compiled. Under `nnx.jit` and the like they are t
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import sys
@@ -205,8 +204,8 @@ class Tokenizer(plain_tokenizer.Tokenizer):
 
   @property
   def bits_per_image(self) -> float:
-    """tokens_per_image x log2(codebook_size)."""
-    return self.tokens_per_image * math.log2(self.codebook_size)
+    """Sum over the tokens of log2 of how many codes each chooses from."""
+    return self.config.quantizer.bits
 
   def latents(self, images: Images, key: jax.Array | None = None) -> Array:
     """Scaled continuous latents [B, h, w, z]: the posterior's mean, or a sample with a `key`."""
@@ -224,7 +223,7 @@ class Tokenizer(plain_tokenizer.Tokenizer):
     """Ids of scaled latents [B, h, w, z], as `encode` gives them."""
     if _traced(self, latents):
       return self.quantizer.encode(latents)
-    check_latents(latents, self.config.quantizer.code_dim)
+    check_latents(latents, self.config.quantizer.channels)
     return _call(_quantize, self, latents)
 
   def decode(self, ids: Any, size: Any = None) -> Array:
@@ -238,7 +237,7 @@ class Tokenizer(plain_tokenizer.Tokenizer):
       return super().decode(ids, size)
     if not isinstance(ids, (list, tuple)):
       ids = self.unflatten(ids, size)
-    check_ids(ids, self.codebook_size)
+    check_ids(ids, self.config.quantizer.ranges)
     if size is not None and not isinstance(size, int):
       size = tuple(size)
     return _call(plain_tokenizer.Tokenizer.decode, self, list(ids), size=size)
@@ -254,7 +253,7 @@ class Tokenizer(plain_tokenizer.Tokenizer):
 
   def flatten(self, ids: Sequence[Array | np.ndarray]) -> Int[np.ndarray, "b n"]:
     """Ids of all levels in one row an image, coarse to fine, each level row by row."""
-    check_ids(ids, self.codebook_size)
+    check_ids(ids, self.config.quantizer.ranges)
     return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in ids], 1)
 
   def unflatten(self, rows: Any, size: Any = None) -> list[np.ndarray]:

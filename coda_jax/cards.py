@@ -37,7 +37,8 @@ def _shape(config: Mapping[str, Any]) -> dict[str, str]:
   if "quantizer" in config:
     q, lora = config["quantizer"], config["lora"]
     tokens = sum(p * p for p in q["patch_sizes"])
-    bits = tokens * math.log2(q["codebook_size"])
+    codes = q.get("level_codes") or [q["codebook_size"]] * len(q["patch_sizes"])
+    bits = sum(p * p * math.log2(n) for p, n in zip(q["patch_sizes"], codes, strict=True))
     rows["images"] = f"{config['image_size']} x {config['image_size']}"
     rows["tokens of an image"] = f"{tokens:,} in {len(q['patch_sizes'])} levels, {bits:,.0f} bits"
     rows["codes"] = f"{q['codebook_size']:,}, {q['lookup']} look-up"

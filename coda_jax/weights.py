@@ -25,7 +25,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from coda_jax import arrays, cards, outputs, storage
-from coda_jax.config.engine import unwrap
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
@@ -112,9 +111,10 @@ def config_from_fields(cls: type, fields: Mapping, where: str):
   hints = typing.get_type_hints(cls)
   values = {}
   for name, value in fields.items():
-    hint = unwrap(hints[name])
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-      value = config_from_fields(hint, value, f"{where}: {name}")
+    kinds = [h for h in (*typing.get_args(hints[name]), hints[name]) if dataclasses.is_dataclass(h)]
+    if kinds and isinstance(value, Mapping):  # of several the one that knows most of the fields
+      kind = min(kinds, key=lambda k: len(value.keys() - {f.name for f in dataclasses.fields(k)}))
+      value = config_from_fields(kind, value, f"{where}: {name}")
     values[name] = tuple(value) if isinstance(value, list) else value
   try:
     return cls(**values)

@@ -111,7 +111,6 @@ class Images:
     config = tokenizer.config
     relative = total[QuantizationError].relative * 100
     tokens = config.quantizer.tokens
-    bits = tokens * np.log2(config.quantizer.codebook_size)
     return {
       **total.summary(),
       **self._vgg_kd(made),
@@ -119,6 +118,6 @@ class Images:
       "codes_perplexity": usage.perplexity,
       "relative_error": float(relative[-1]),
       "tokens": tokens,
-      "bits_per_pixel": float(bits / config.image_size**2),
+      "bits_per_pixel": config.quantizer.bits / config.image_size**2,
       **{f"relative_error/level_{i}": float(x) for i, x in enumerate(relative, 1)},
     }

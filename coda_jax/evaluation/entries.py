@@ -49,9 +49,13 @@ class Entry:
   codebook_size: int
   levels: Sequence[int]
   reconstruct: Reconstruct
+  level_codes: Sequence[int] = ()  # codes that the tokens of each level choose from; () is V
 
   def bits(self, tokens: int) -> float | None:
     """Of an image with so many tokens."""
+    if self.level_codes:
+      levels = zip(self.levels, self.level_codes, strict=True)
+      return sum(n * math.log2(codes) for n, codes in levels)
     return tokens * math.log2(self.codebook_size) if self.codebook_size and tokens else None
 
 
@@ -119,6 +123,7 @@ def _tokenizer(name: str, path: storage.Path, size: int, posterior: str, seed: i
     tokenizer.config.quantizer.codebook_size,
     [h * w for h, w in tokenizer.config.quantizer.level_sizes(*latent)],
     _bound(_through_tokenizer(tokenizer), posterior, seed),
+    tokenizer.config.quantizer.codes_by_level,
   )
 
 

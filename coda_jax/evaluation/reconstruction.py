@@ -17,8 +17,7 @@ from coda_jax.arrays import jit_module
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.models.vae import AutoencoderKL
-from coda_jax.ops.codebook_lookup import code_values
-from coda_jax.ops.resize import area_resize, bicubic_resize
+from coda_jax.ops.resize import area_resize
 
 
 @struct.dataclass
@@ -60,10 +59,10 @@ def encode_levels(
   """
   latents = tokenizer.latents(images, key)
   ids = tokenizer.quantizer.encode(latents)
-  values = tokenizer.quantizer.values()
   _, h, w, _ = latents.shape
-  steps = jnp.stack([bicubic_resize(code_values(values, i), (h, w)) for i in ids], axis=1)
-  return Encoded(ids, latents, jnp.cumsum(steps, axis=1), len(values))
+  steps = jnp.stack(tokenizer.quantizer.level_latents(ids, (h, w)), axis=1)
+  size = tokenizer.config.quantizer.codebook_size
+  return Encoded(ids, latents, jnp.cumsum(steps, axis=1), size)
 
 
 def decode_latents(

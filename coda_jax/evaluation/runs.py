@@ -112,8 +112,7 @@ class Run:
 
   @property
   def bits_per_pixel(self) -> float:
-    bits = self.tokens * math.log2(self.config.quantizer.codebook_size)
-    return bits / self.config.image_size**2
+    return self.config.quantizer.bits / self.config.image_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +214,10 @@ def measure_tokenizer(
 
 
 def _latents(tokenizer: Tokenizer, encoded: Encoded) -> Latents:
+  vectors = tokenizer.quantizer.vectors
+  encoded = dataclasses.replace(
+    encoded, latents=vectors(encoded.latents), quantized=vectors(encoded.quantized)
+  )
   channels, levels = encoded.latents.shape[-1], len(encoded.ids)
   level_inputs = [np.asarray(x) for x in _level_inputs(encoded)]
   lookup = tokenizer.quantizer

@@ -20,7 +20,6 @@ from coda_jax.generation.sampler import Sampled, SamplerSettings
 from coda_jax.models.inputs import check_ids, check_images
 from coda_jax.models.maskgit import MaskGIT
 from coda_jax.models.tokenizer import Tokenizer
-from coda_jax.ops.resize import bicubic_resize
 
 Classes = Sequence[int | str | None] | Int[np.ndarray, "b"]
 
@@ -28,11 +27,10 @@ Classes = Sequence[int | str | None] | Int[np.ndarray, "b"]
 def decode(tokenizer: Tokenizer, ids):
   """Images of ids [B, N]; masked tokens add nothing to their level."""
   q = tokenizer.config.quantizer
-  values = jnp.pad(tokenizer.quantizer.values(), ((0, 1), (0, 0)))  # the mask's value is 0
-  side = q.patch_sizes[-1]
   ends = np.cumsum([p * p for p in q.patch_sizes])[:-1]
   grids = zip(jnp.split(ids, ends, 1), q.patch_sizes, strict=True)
-  levels = (bicubic_resize(values[i.reshape(-1, p, p)], (side, side)) for i, p in grids)
+  grids = [i.reshape(-1, p, p) for i, p in grids]
+  levels = tokenizer.quantizer.level_latents(grids, (q.latent_side, q.latent_side))
   latents = functools.reduce(jnp.add, levels)
   return tokenizer.vae.decode(tokenizer.vae.unscale_latents(latents))
 
@@ -159,7 +157,7 @@ class Generator:
     """
     if getattr(ids, "ndim", 0) != 2 or ids.shape[1] != self.config.tokens:
       raise UserError(f"ids have shape {list(np.shape(ids))}, not [B, {self.config.tokens}]")
-    check_ids([ids[:, None]], self.config.mask_id + 1)
+    check_ids([ids[:, None]], [(0, self.config.mask_id + 1)])
     return self._decode(sharding.over_local_devices(ids))
 
   def encode(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Int[Array, "b n"]:

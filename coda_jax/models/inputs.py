@@ -3,6 +3,8 @@
 Values are not known while a function is traced; the check of values then does nothing.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +47,12 @@ def check_images(images, what: str = "images") -> None:
       raise UserError(f"{what} have values up to {largest:g}, not in [-1, 1]; bytes: x / 127.5 - 1")
 
 
-def check_ids(ids, codebook_size: int) -> None:
-  """Checks ids of all levels, integers [B, ph, pw] from 0 to below the codebook's size.
+def check_ids(ids, ranges: Sequence[tuple[int, int]]) -> None:
+  """Checks ids of the first levels, integers [B, ph, pw].
+
+  Args:
+    ids: of each level.
+    ranges: the first id of each level, and the one behind its last.
 
   Raises:
     UserError: no levels, another layout or type, no images, or an id that is out of range.
@@ -67,9 +73,10 @@ def check_ids(ids, codebook_size: int) -> None:
     if _known(x):
       with jax.ensure_compile_time_eval():
         low, high = int(x.min()), int(x.max())
-      if low < 0 or high >= codebook_size:
+      first, end = ranges[min(level, len(ranges)) - 1]
+      if low < first or high >= end:
         raise UserError(
-          f"ids of level {level} go from {low} to {high}; the codebook has 0 to {codebook_size - 1}"
+          f"ids of level {level} go from {low} to {high}; the codebook has {first} to {end - 1}"
         )
   if len(batches) > 1:
     raise UserError(f"ids of {sorted(batches)} images at different levels")

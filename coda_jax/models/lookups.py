@@ -15,11 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
+from coda_jax.models.token_grids import TokenGrids
 from coda_jax.ops import codebook_lookup
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizerConfig:
+class QuantizerConfig(TokenGrids):
   """Shape of the quantizer.
 
   Attributes:
@@ -65,11 +66,6 @@ class QuantizerConfig:
   def lookup_class(self) -> "type[Lookup]":
     """The look-up's class; its attributes tell other parts of the program what they need."""
     return LOOKUPS[self.lookup]
-
-  @property
-  def tokens(self) -> int:
-    """Tokens of an image of the training size."""
-    return sum(p * p for p in self.patch_sizes)
 
   def level_sizes(self, h: int, w: int) -> list[tuple[int, int]]:
     """Token grid of every level for latents of h x w.

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from coda_jax.errors import UserError
-from coda_jax.models.inputs import check_ids, check_latents
+from coda_jax.models.inputs import check_latents
 from coda_jax.models.lookups import LOOKUPS, Found, Lookup, QuantizerConfig
 from coda_jax.ops.codebook_lookup import code_values
 from coda_jax.ops.resize import area_resize, bicubic_resize
@@ -109,22 +108,23 @@ class ResidualQuantizer(Lookup):
     Raises:
       UserError: no levels, too many, ids that are no codes, or grids that do not belong to `size`.
     """
-    check_ids(ids, self.config.codebook_size)
-    levels, last = len(self.config.patch_sizes), self.config.patch_sizes[-1]
-    if not 1 <= len(ids) <= levels:
-      raise UserError(f"{len(ids)} levels of ids given; the tokenizer has {levels}")
-    if size is None:
-      h, w = ids[-1].shape[1:] if len(ids) == levels else (last, last)
-      size = h, w
-    expected = self.config.level_sizes(*size)
-    shapes = [tuple(i.shape[1:]) for i in ids]
-    if shapes != expected[: len(ids)]:
-      raise UserError(
-        f"ids of grids {shapes} do not fit latents of {size[0]}x{size[1]}, which need "
-        f"{expected[: len(ids)]}; give size= for other than the training size"
-      )
-    values = self.values()
-    return functools.reduce(jnp.add, (bicubic_resize(code_values(values, i), size) for i in ids))
+    size = self.config.check(ids, size)
+    return functools.reduce(jnp.add, self.level_latents(ids, size))
+
+  def level_latents(
+    self, ids: list[Int[Array, "b _ _"]], size: tuple[int, int]
+  ) -> list[Float[Array, "b h w c"]]:
+    """What each of the first levels adds to latents of `size`; id V, that of a mask, adds 0."""
+    values = jnp.pad(self.values(), ((0, 1), (0, 0)))
+    return [bicubic_resize(code_values(values, i), size) for i in ids]
+
+  def vectors(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+    """Latents as the vectors that the codes are for: as they are."""
+    return latents
+
+  def embedding_values(self) -> Float[Array, "v c"]:
+    """The code values as a generator embeds them."""
+    return self.values()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig, add_lora
 from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
+from coda_jax.models.transform_quantizer import TransformConfig, TransformQuantizer
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
 
 
@@ -20,26 +21,26 @@ class TokenizerConfig:
 
   Attributes:
     vae: the continuous VAE.
-    quantizer: its last patch size must be the latent's side at `image_size`.
+    quantizer: it must be of the latent's side at `image_size`.
     lora: adapters on the VAE's convolutions, or None.
     image_size: side of the training images; other sizes work too.
   """
 
   vae: VAEConfig
-  quantizer: QuantizerConfig
+  quantizer: QuantizerConfig | TransformConfig
   lora: LoRAConfig | None = None
   image_size: int = 256
 
   def __post_init__(self):
     side, _ = self.vae.latent_size(self.image_size, self.image_size)
-    if self.quantizer.patch_sizes[-1] != side:
+    if self.quantizer.latent_side != side:
       raise UserError(
         f"quantizer.patch_sizes ends with {self.quantizer.patch_sizes[-1]}; images of "
         f"{self.image_size} have latents of {side}x{side}, so it must end with {side}"
       )
-    if self.quantizer.code_dim != self.vae.z_channels:
+    if self.quantizer.channels != self.vae.z_channels:
       raise UserError(
-        f"quantizer.code_dim is {self.quantizer.code_dim}, "
+        f"quantizer.code_dim is {self.quantizer.channels}, "
         f"but the VAE's latents have {self.vae.z_channels} channels"
       )
 
@@ -61,7 +62,9 @@ class Tokenizer(nnx.Module):
     self.config = config
     vae = AutoencoderKL(config.vae, dtype=dtype, remat=remat, rngs=rngs)
     self.vae = add_lora(vae, config.lora, rngs=rngs)
-    self.quantizer = ResidualQuantizer(config.quantizer, rngs=rngs)
+    residual = isinstance(config.quantizer, QuantizerConfig)
+    make = ResidualQuantizer if residual else TransformQuantizer
+    self.quantizer = make(config.quantizer, rngs=rngs)
 
   def latents(
     self, images: Float[Array, "b h w 3"], key: jax.Array | None = None

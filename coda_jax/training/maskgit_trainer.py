@@ -95,7 +95,9 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     self._model, _, frozen = arrays.split(model, nnx.Param, ...)
     if frozen:
       tokenizer = weights.load_tokenizer(config.data.tokenizer)
-      values = arrays.jit_module(lambda quantizer: quantizer.values())(tokenizer.quantizer)()
+      values = arrays.jit_module(lambda quantizer: quantizer.embedding_values())(
+        tokenizer.quantizer
+      )()
       frozen = {path: values for path in frozen}
     self._set_up({"codes": frozen}, {})
     self._evaluate = jax.jit(self._eval_sums, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,155 @@
+"""The ways to make codes of coordinates; each gives the factors of every token level.
+
+A level is a list of factors, a factor (indices of its coordinates, codebook [codes, coordinates]).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import ndtri
+from jax.scipy.stats import norm
+from jaxtyping import Float, Int
+
+from coda_jax.discretization import coding
+from coda_jax.errors import UserError
+from coda_jax.ops.codebook_lookup import euclidean_lookup
+
+_MOST_LEVELS = 256  # of one coordinate
+_ROUNDS = 30
+
+
+class Factor(NamedTuple):
+  """A codebook [codes, coordinates] and the coordinates that it is for."""
+
+  coordinates: list[int]
+  codes: np.ndarray
+
+
+Levels = list[list[Factor]]
+
+
+class Budget(NamedTuple):
+  """Bits of a block, and how many codes a token may have."""
+
+  bits: float
+  codes: int
+
+
+def lloyd_max(
+  x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget
+) -> Levels:
+  """Scalar levels for each coordinate, bits by marginal gain, packed into tokens."""
+  del variances
+  sources = [coding.LloydMax(column) for column in x.T]
+  counts = coding.allocate(sources, budget.bits, min(budget.codes, _MOST_LEVELS))
+  levels = {i: sources[i].levels(n) for i, n in enumerate(counts)}
+  return _packed(levels, budget.codes)
+
+
+def token_bridge(
+  x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget
+) -> Levels:
+  """The same number of levels for every channel (TokenBridge, arXiv 2503.16430).
+
+  A channel of variance 1 is cut where a normal distribution has equal shares; a level is the
+  distribution's mean in its share.
+  """
+  del variances
+  n = min(math.floor(2 ** (budget.bits / x.shape[1]) + 1e-9), budget.codes)
+  if n < 2:
+    raise UserError(
+      f"token-bridge gives all {x.shape[1]} channels as many levels: --bits must be at least"
+      f" {x.shape[1]} for each latent, not {budget.bits:.3g}"
+    )
+  edges = np.asarray(ndtri(jnp.arange(n + 1) / n), np.float64)
+  density = np.asarray(norm.pdf(edges), np.float64)
+  levels = n * (density[:-1] - density[1:])
+  return _packed(dict.fromkeys(range(x.shape[1]), levels), budget.codes)
+
+
+def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:
+  """A codebook of vectors for each group of coordinates, by k-means."""
+  return [[Factor(g, _k_means(x[:, g], k))] for g, k in _groups(variances, budget)]
+
+
+def gaussian(
+  x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget
+) -> Levels:
+  """Random codes for each group of coordinates (Gaussian Quant, arXiv 2512.06609).
+
+  Codes of a Gaussian source that reach the bound are drawn from a Gaussian too, whose variance is
+  the source's less the error (Cover and Thomas, section 10.3.2).
+  """
+  del x
+  rng = np.random.default_rng(0)
+  level = coding.water_level(variances, budget.bits)
+  std = np.sqrt(np.maximum(variances - level, 0))
+  return [
+    [Factor(g, rng.standard_normal((k, len(g))) * std[g])] for g, k in _groups(variances, budget)
+  ]
+
+
+METHODS: dict[str, Callable[[np.ndarray, np.ndarray, Budget], Levels]] = {
+  "lloyd-max": lloyd_max,
+  "vq": vq,
+  "gaussian": gaussian,
+  "token-bridge": token_bridge,
+}
+
+
+def quantized(
+  x: Float[np.ndarray, "n d"], levels: Sequence[Sequence[Factor]]
+) -> Float[np.ndarray, "n d"]:
+  """Coordinates as their codes have them; 0 where there is no code."""
+  out = np.zeros_like(x)
+  for factor in (f for level in levels for f in level):
+    i = factor.coordinates
+    out[:, i] = factor.codes[_nearest(x[:, i], factor.codes)]
+  return out
+
+
+def _packed(levels: dict[int, np.ndarray], most: int) -> Levels:
+  sizes = [math.log2(len(levels[i])) for i in sorted(levels)]
+  groups = coding.pack(sizes, math.log2(most))
+  return [[Factor([i], levels[i][:, None]) for i in group] for group in groups]
+
+
+def _groups(variances: np.ndarray, budget: Budget) -> list[tuple[list[int], int]]:
+  """Groups of coordinates and the number of codes of each, bits as for Gaussians."""
+  most = math.log2(budget.codes)
+  bits = np.minimum(coding.gaussian_bits(variances, budget.bits), most)
+  groups = coding.pack(bits.tolist(), most)
+  sized = [(g, round(2 ** bits[g].sum() - 0.5)) for g in groups]
+  return [(g, k) for g, k in sized if k >= 2]
+
+
+def _nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:
+  ids = _ids(jnp.asarray(x, jnp.float32), jnp.asarray(codes, jnp.float32))
+  return np.asarray(ids)
+
+
+_ids = jax.jit(euclidean_lookup)
+
+
+def _k_means(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
+  """Lloyd's iterations from evenly spread samples; a code that none takes becomes a far sample."""
+  if len(x) < 2 * k:
+    raise UserError(
+      f"{len(x)} blocks of latents are too few for {k} codes; read more --images or set a lower"
+      " --codes"
+    )
+  spread = np.random.default_rng(0).permutation(len(x))
+  codes = x[spread[:k]].astype(np.float64)
+  for _ in range(_ROUNDS):
+    ids = _nearest(x, codes)
+    count = np.bincount(ids, minlength=k)
+    sums = np.stack([np.bincount(ids, column, k) for column in x.T.astype(np.float64)], 1)
+    codes = np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], codes)
+    empty = np.flatnonzero(count == 0)
+    far = np.argsort(-np.square(x - codes[ids]).sum(1))[: len(empty)]
+    codes[empty] = x[far]
+  return codes

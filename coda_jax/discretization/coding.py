@@ -1,0 +1,139 @@
+"""Classical source coding: levels of one variable, bits among several, and the bound for Gaussians.
+
+All is float64 NumPy and deterministic. Sources: Lloyd, "Least squares quantization in PCM" (1982);
+Max (1960); Cover and Thomas, "Elements of Information Theory", section 10.3.3 (reverse
+water-filling); Shoham and Gersho (1988), whose convex hull the allocation follows.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+_ROUNDS, _TOLERANCE = 500, 1e-6
+_AHEAD = 4  # levels that one step of the allocation may add: 1 to 3 can pay where 1 to 2 does not
+
+
+class LloydMax:
+  """Levels that minimise the mean squared error of a variable, by samples of it.
+
+  Those of n levels start as those of n − 1 with the worst cell cut in two.
+  """
+
+  def __init__(self, samples: Float[np.ndarray, "n"]):
+    self._x = np.sort(samples.astype(np.float64))
+    self._x -= (centre := self._x.mean())  # keeps digits in the sums of squares
+    self._centre = centre
+    padded = np.concatenate([[0.0], self._x])
+    self._sums = np.cumsum(padded), np.cumsum(padded**2)
+    self._found: list[tuple[np.ndarray, float]] = [(np.zeros(1), float(np.mean(self._x**2)))]
+
+  def levels(self, n: int) -> Float[np.ndarray, "n"]:
+    """`n` levels, ascending."""
+    return self._solve(n)[0] + self._centre
+
+  def error(self, n: int) -> float:
+    """Mean squared error of the samples with `n` levels."""
+    return self._solve(n)[1]
+
+  def _cells(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, sum and sum of squares of the samples nearest to each level."""
+    edges = np.searchsorted(self._x, (levels[1:] + levels[:-1]) / 2)
+    edges = np.concatenate([[0], edges, [len(self._x)]])
+    return np.diff(edges), np.diff(self._sums[0][edges]), np.diff(self._sums[1][edges])
+
+  def _solve(self, n: int) -> tuple[np.ndarray, float]:
+    while len(self._found) < n:
+      levels, _ = self._found[-1]
+      count, total, squares = self._cells(levels)
+      mean = total / np.maximum(count, 1)
+      spread = squares - count * mean**2
+      worst = int(np.argmax(spread))
+      step = math.sqrt(max(spread[worst], 0) / max(count[worst], 1)) or 1e-6
+      pair = [levels[worst] - step / 2, levels[worst] + step / 2]
+      self._found.append(self._converge(np.sort([*np.delete(levels, worst), *pair])))
+    return self._found[n - 1]
+
+  def _converge(self, levels: np.ndarray) -> tuple[np.ndarray, float]:
+    last = math.inf
+    for _ in range(_ROUNDS):
+      count, total, squares = self._cells(levels)
+      levels = np.where(count > 0, total / np.maximum(count, 1), levels)
+      error = float((squares - 2 * levels * total + count * levels**2).sum() / len(self._x))
+      if last - error <= _TOLERANCE * error:
+        break
+      last = error
+    return levels, max(error, 0.0)
+
+
+def allocate(sources: Sequence[LloydMax], bits: float, most: int) -> list[int]:
+  """Levels of each source, at most `most`, of log2's sum at most `bits`, with little error in all.
+
+  The step is taken that removes most error a bit, again and again, while one fits.
+  """
+  counts, left, open_ = [1] * len(sources), bits, set(range(len(sources)))
+
+  @functools.cache
+  def best(i: int, n: int) -> tuple[float, int]:
+    """(error removed a bit, levels) of the best step from n levels."""
+    ahead = range(n + 1, min(n + _AHEAD, most) + 1)
+    error = sources[i].error(n)
+    steps = [((error - sources[i].error(k)) / math.log2(k / n), k) for k in ahead]
+    return max(steps, key=lambda step: step[0], default=(0.0, n))
+
+  while open_:
+    gain, i = max((best(i, counts[i])[0], -i) for i in open_)
+    i, n = -i, best(-i, counts[-i])[1]
+    while n > counts[i] and math.log2(n / counts[i]) > left + 1e-9:
+      n -= 1
+    if gain <= 0 or n == counts[i]:
+      open_.remove(i)
+      continue
+    left -= math.log2(n / counts[i])
+    counts[i] = n
+  return counts
+
+
+def pack(sizes: Sequence[float], capacity: float) -> list[list[int]]:
+  """Groups of indices with a sum of sizes of at most `capacity`: each into the first it fits.
+
+  Sizes of 0 are left out; groups and indices in them keep their order.
+  """
+  groups, room = [], []
+  for i, size in enumerate(sizes):
+    if size <= 0:
+      continue
+    at = next((g for g, left in enumerate(room) if size <= left + 1e-9), len(groups))
+    if at == len(groups):
+      groups.append([])
+      room.append(capacity)
+    groups[at].append(i)
+    room[at] -= size
+  return groups
+
+
+def water_level(variances: Float[np.ndarray, "n"], bits: float) -> float:
+  """The error of every direction that gets bits, by reverse water-filling of Gaussians.
+
+  A direction of variance v above the level t gets log2(v / t) / 2 bits; these sum to `bits`. The
+  least error that any code reaches is the sum of min(v, t).
+  """
+  ordered = np.sort(variances[variances > 0])[::-1]
+  logs = np.cumsum(np.log2(ordered))
+  counts = np.arange(1, len(ordered) + 1)
+  levels = (logs - 2 * bits) / counts  # log2 of t, if the first k directions get bits
+  below = np.concatenate([np.log2(ordered[1:]), [-np.inf]])
+  return float(2 ** levels[np.argmax(levels >= below)])
+
+
+def gaussian_bits(variances: Float[np.ndarray, "n"], bits: float) -> Float[np.ndarray, "n"]:
+  """Bits of each direction by reverse water-filling."""
+  level = water_level(variances, bits)
+  return 0.5 * np.log2(np.maximum(variances, level) / level)
+
+
+def gaussian_error(variances: Float[np.ndarray, "n"], bits: float) -> float:
+  """The least mean squared error, summed over directions, of any code of Gaussians at `bits`."""
+  return float(np.minimum(variances, water_level(variances, bits)).sum())

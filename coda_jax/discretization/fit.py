@@ -1,0 +1,126 @@
+"""A transform quantizer from latents and gradients: transform, codes, and what they reach."""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+from coda_jax.discretization import codebooks, coding, transforms
+from coda_jax.errors import UserError
+from coda_jax.models.transform_quantizer import TransformConfig, from_blocks
+
+BLOCKS = (1, 2, 4)
+_HELD_OUT = 8  # every so many images are for the comparison of transforms alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A quantizer and how good it is, on images that it was not fitted to.
+
+  Attributes:
+    config: its shape; parameters: by path within the quantizer.
+    bits: of an image.
+    error, bound: weighed error of a block / that of its mean: reached, and the least that any code
+      of Gaussian coordinates reaches at these bits.
+    latent_error: squared error of the latents / their variance.
+    compared: `error` by the side of the blocks, of all that were tried.
+  """
+
+  config: TransformConfig
+  parameters: dict[str, np.ndarray]
+  error: float
+  bound: float
+  latent_error: float
+  compared: dict[int, float]
+
+
+def fit(
+  latents: Float[np.ndarray, "n h w c"],
+  gradients: Float[np.ndarray, "m h w c"],
+  *,
+  bits: float,
+  codes: int,
+  method: str = "lloyd-max",
+  block: int | None = None,
+) -> Fitted:
+  """Finds a quantizer for scaled latents of at most `bits` an image.
+
+  Args:
+    latents: of the data.
+    gradients: vector-Jacobian products of the decoder with white noise, at such latents.
+    bits: of an image.
+    codes: of a token, at most.
+    method: one of `codebooks.METHODS`.
+    block: side of the blocks; None takes the best of `BLOCKS` that divide the latents.
+
+  Raises:
+    UserError: too few bits or data, or blocks that do not fit.
+  """
+  side = latents.shape[1]
+  blocks = [1] if method == "token-bridge" else [block] if block else BLOCKS
+  blocks = [b for b in blocks if side % b == 0]
+  if not blocks:
+    raise UserError(f"latents of {side}x{side} cannot be cut into blocks of {block}x{block}")
+  if len(latents) < 2:
+    raise UserError("one image is too few: some are for the fit, others for the comparison")
+  kept = np.arange(len(latents)) % _HELD_OUT != 1
+  train, test = latents[kept], latents[~kept]
+  tried = [_fit(train, test, gradients, bits, codes, method, b) for b in blocks]
+  best = min(tried, key=lambda f: f.error)
+  compared = {f.config.block: f.error for f in tried}
+  return dataclasses.replace(best, compared=compared)
+
+
+def _fit(train, test, gradients, bits: float, codes: int, method: str, block: int) -> Fitted:
+  per_image = (train.shape[1] // block) ** 2
+  budget = codebooks.Budget(bits / per_image, codes)
+  if budget.bits < 1:
+    raise UserError(f"--bits {bits:g} is less than 1 for each of {per_image} blocks of latents")
+  transform = transforms.fit_transform(train, gradients, block)
+  weighed = transform
+  if method == "token-bridge":
+    transform = transforms.plain_transform(train)
+  x = transform.coordinates(train)
+  levels = codebooks.METHODS[method](x, transform.variances, budget)
+  order = [i for level in levels for factor in level for i in factor.coordinates]
+  config = TransformConfig(
+    codebook_size=sum(math.prod(len(f.codes) for f in level) for level in levels),
+    patch_sizes=(train.shape[1] // block,) * len(levels),
+    code_dim=len(transform.mean),
+    level_codes=tuple(math.prod(len(f.codes) for f in level) for level in levels),
+    factor_codes=tuple(len(f.codes) for level in levels for f in level),
+    factor_dims=tuple(len(f.coordinates) for level in levels for f in level),
+    block=block,
+    lookup=method,
+  )
+  parameters = {
+    "mean": transform.mean,
+    "analysis": transform.analysis[:, order],
+    "synthesis": transform.synthesis[order],
+  }
+  factors = (f for level in levels for f in level)
+  parameters |= {f"codebooks.{i}": f.codes for i, f in enumerate(factors)}
+  made = codebooks.quantized(transform.coordinates(test), levels) @ transform.synthesis
+  made = from_blocks((made + transform.mean).reshape(*_grid(test, block), -1), block)
+  error = test - made
+  mean = weighed.coordinates(test)
+  return Fitted(
+    config,
+    parameters,
+    error=_squared(weighed, error) / float(np.square(mean).sum()),
+    bound=coding.gaussian_error(weighed.variances, config.bits / per_image)
+    / float(weighed.variances.sum()),
+    latent_error=float(np.square(error).sum() / np.square(test - test.mean((0, 1, 2))).sum()),
+    compared={},
+  )
+
+
+def _grid(latents: np.ndarray, block: int) -> tuple[int, int, int]:
+  n, h, w, _ = latents.shape
+  return n, h // block, w // block
+
+
+def _squared(transform: transforms.Transform, error: np.ndarray) -> float:
+  """Weighed error summed over all blocks."""
+  return float(np.square(transform.coordinates(error) + transform.mean @ transform.analysis).sum())
