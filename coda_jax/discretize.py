@@ -10,7 +10,6 @@ import logging
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 

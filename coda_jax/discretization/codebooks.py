@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
@@ -16,10 +15,10 @@ from jaxtyping import Float, Int
 
 from coda_jax.discretization import coding
 from coda_jax.errors import UserError
-from coda_jax.ops.codebook_lookup import euclidean_lookup
 
 _MOST_LEVELS = 256  # of one coordinate
-_ROUNDS = 30
+_ROUNDS, _SAMPLES_PER_CODE = 12, 64  # of k-means
+_ELEMENTS = 2**23  # distances at a time
 
 
 class Factor(NamedTuple):
@@ -128,28 +127,28 @@ def _groups(variances: np.ndarray, budget: Budget) -> list[tuple[list[int], int]
 
 
 def _nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:
-  ids = _ids(jnp.asarray(x, jnp.float32), jnp.asarray(codes, jnp.float32))
-  return np.asarray(ids)
-
-
-_ids = jax.jit(euclidean_lookup)
+  """The nearest code of each row."""
+  x, codes = x.astype(np.float32), codes.astype(np.float32)
+  half, rows = np.square(codes).sum(1) / 2, max(1, _ELEMENTS // len(codes))
+  parts = (x[i : i + rows] for i in range(0, len(x), rows))
+  return np.concatenate([np.argmin(half - part @ codes.T, 1) for part in parts])
 
 
 def _k_means(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
-  """Lloyd's iterations from evenly spread samples; a code that none takes becomes a far sample."""
+  """Lloyd's iterations from samples; a code that none takes becomes a far sample."""
   if len(x) < 2 * k:
     raise UserError(
       f"{len(x)} blocks of latents are too few for {k} codes; read more --images or set a lower"
       " --codes"
     )
-  spread = np.random.default_rng(0).permutation(len(x))
-  codes = x[spread[:k]].astype(np.float64)
+  x = x[np.random.default_rng(0).permutation(len(x))[: _SAMPLES_PER_CODE * k]].astype(np.float64)
+  codes = x[:k]
   for _ in range(_ROUNDS):
     ids = _nearest(x, codes)
     count = np.bincount(ids, minlength=k)
-    sums = np.stack([np.bincount(ids, column, k) for column in x.T.astype(np.float64)], 1)
-    codes = np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], codes)
-    empty = np.flatnonzero(count == 0)
-    far = np.argsort(-np.square(x - codes[ids]).sum(1))[: len(empty)]
-    codes[empty] = x[far]
+    sums = np.stack([np.bincount(ids, column, k) for column in x.T], 1)
+    means = sums / np.maximum(count, 1)[:, None]
+    far = np.argsort(-np.square(x - codes[ids]).sum(1))[: np.sum(count == 0)]
+    codes = means
+    codes[count == 0] = x[far]
   return codes
