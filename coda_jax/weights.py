@@ -46,7 +46,7 @@ Tok = typing.TypeVar("Tok", bound=Tokenizer)
 # Settings of training or of speed: they decide neither ids nor pixels.
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
 # Fields that came later count where they are not what was so before them.
-_LATER = {"norm_patch": 0}
+_LATER = {"norm_patch": 0, "level_codes": []}
 
 
 def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:

@@ -56,11 +56,19 @@ class LloydMax:
       count = np.diff(edges)
       total, squares = (np.diff(x[edges]) for x in self._sums)
       levels = np.where(count > 0, total / np.maximum(count, 1), levels)
-      error = float((squares - total * levels).sum() / len(self._x))
-      if last - error <= _TOLERANCE * error:
+      spread = squares - total * levels
+      error = max(float(spread.sum() / len(self._x)), 0.0)
+      empty = np.flatnonzero(count == 0)
+      if len(empty) and spread.max() > _TOLERANCE * self._sums[1][-1]:  # they cut the worst cells
+        worst = np.argsort(-spread, kind="stable")[: len(empty)]
+        step = np.sqrt(np.maximum(spread[worst], 0) / np.maximum(count[worst], 1))
+        levels[empty], last = levels[worst] + step, math.inf
+        levels.sort()
+      elif last - error <= _TOLERANCE * error:
         break
-      last = error
-    return levels, max(error, 0.0)
+      else:
+        last = error
+    return levels, error
 
 
 def allocate(sources: Sequence[LloydMax], bits: float, most: int) -> list[int]:

@@ -215,9 +215,8 @@ class Generator:
     """
     self._check_images(images)
     settings, mask = self._settings(steps, settings), np.asarray(mask, bool)
-    touched = editing.touched_tokens(
-      mask, self.config.patch_sizes, self.tokenizer_config.vae.downsampling, least
-    )
+    stride = self.image_size // self.config.patch_sizes[-1]
+    touched = editing.touched_tokens(mask, self.config.patch_sizes, stride, least)
     ids = np.where(touched, self.config.mask_id, np.asarray(self.encode(images)))
     made = self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
     return editing.paste(np.asarray(images), np.asarray(made), mask) if paste else made

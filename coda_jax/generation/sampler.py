@@ -239,8 +239,10 @@ def loop(
     guided = with_class + guidance * (with_class - without).astype(jnp.float32)
     return guided.astype(both.dtype)
 
-  def draw(x, hidden, uniform):
+  def draw(x, hidden, uniform, level):
     s = jnp.matmul(hidden.astype(table.dtype), table.T, preferred_element_type=jnp.float32) + bias
+    if config.level_codes:  # those of other levels do not exist here
+      s = jnp.where(level[..., None] == config.level_of_code, s, -jnp.inf)
     filtered = _filtered(s / x.temperature, form.top_k, x.top_p if form.nucleus else None)
     codes = _draw(filtered, uniform)
     chosen = jnp.take_along_axis(s, codes[..., None], -1)[..., 0]
@@ -256,8 +258,9 @@ def loop(
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, x.number)
     uniform, gumbel = jax.vmap(lambda k: _noise(k, ids.shape[1]))(step_keys)
     hidden = run(ids, x.guidance)
+    level = jnp.broadcast_to(levels, ids.shape)
     codes, confidence = _over_wanted(
-      functools.partial(draw, x), hidden, uniform, wanted, form.chunk
+      functools.partial(draw, x), (hidden, uniform, level), wanted, form.chunk
     )
     confidence += x.noise * gumbel
     order = jnp.lexsort((-confidence, jnp.where(wanted, group, last)), axis=-1)
@@ -276,8 +279,8 @@ def _noise(key, n: int):
   return jax.random.uniform(uniform, (n,)), jax.random.gumbel(gumbel, (n,))
 
 
-def _over_wanted(draw, hidden, uniform, wanted, chunk: int):
-  """`draw(hidden, uniform)` of the wanted tokens [B, N], a chunk at a time; others are undefined.
+def _over_wanted(draw, inputs, wanted, chunk: int):
+  """`draw(*inputs)` of the wanted tokens [B, N], a chunk at a time; others are undefined.
 
   Wanted tokens are moved to the front, and the loop ends with the last of them.
   """
@@ -287,7 +290,8 @@ def _over_wanted(draw, hidden, uniform, wanted, chunk: int):
 
   def body(i, found):
     at = jax.lax.dynamic_slice_in_dim(padded, i * chunk, chunk, 1)
-    new = draw(jnp.take_along_axis(hidden, at[..., None], 1), jnp.take_along_axis(uniform, at, 1))
+    take = lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), 1)
+    new = draw(*map(take, inputs))
     return jax.tree.map(
       lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 1), found, new
     )

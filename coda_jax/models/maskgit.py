@@ -35,6 +35,8 @@ class MaskGITConfig:
       learns one table for both.
     mlp_ratio: inner width of a block's MLP / width.
     attention: "cudnn", "xla", "per_head" or None; see `ops.attention`.
+    level_codes: codes of each level, if every level has its own, one after the other; () if all
+      levels share codes.
   """
 
   width: int
@@ -47,6 +49,7 @@ class MaskGITConfig:
   embedding: str = "codes"
   mlp_ratio: float = 4.0
   attention: str | None = None
+  level_codes: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.depth < 0 or self.depth % 2:
@@ -70,6 +73,11 @@ class MaskGITConfig:
     """int32 [N], the level, from 0, of each position."""
     sizes = [p * p for p in self.patch_sizes]
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+  @property
+  def level_of_code(self) -> np.ndarray:
+    """int32 [V], the level, from 0, of each code where levels have codes of their own."""
+    return np.repeat(np.arange(len(self.level_codes), dtype=np.int32), self.level_codes)
 
   @property
   def mask_id(self) -> int:

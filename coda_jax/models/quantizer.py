@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
@@ -118,7 +119,9 @@ class ResidualQuantizer(Lookup):
     values = jnp.pad(self.values(), ((0, 1), (0, 0)))
     return [bicubic_resize(code_values(values, i), size) for i in ids]
 
-  def vectors(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+  def vectors(
+    self, latents: Float[Array | np.ndarray, "*b h w c"]
+  ) -> Float[Array | np.ndarray, "*b h w c"]:
     """Latents as the vectors that the codes are for: as they are."""
     return latents
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,7 @@ from coda_jax.models.quantizer import QuantizerOutput
 from coda_jax.models.token_grids import TokenGrids
 from coda_jax.ops.codebook_lookup import euclidean_lookup
 
+Blocks = Array | np.ndarray
 METHODS = ("lloyd-max", "vq", "gaussian", "token-bridge")
 
 
@@ -224,13 +226,12 @@ class TransformQuantizer(nnx.Module):
     scaled = [x * jax.lax.rsqrt(jnp.square(x).mean() + 1e-12) for x in parts]
     return jnp.concatenate(scaled)
 
-  def confidence(self, x: Float[Array, "n d"]) -> Float[Array, "n v"]:
-    """How near each code of the last level is to a few vectors; other codes are none of its."""
+  def confidence(self, x: Float[Blocks, "n d"]) -> Float[Array, "n v"]:
+    """Minus the distance of a few vectors to the v codes of the last level."""
     start, stop = self.config.ranges[-1]
-    distance = jnp.linalg.norm(jnp.asarray(x)[:, None] - self.values()[start:stop], axis=-1)
-    return jnp.pad(-distance, ((0, 0), (start, 0)), constant_values=-jnp.inf)
+    return -jnp.linalg.norm(jnp.asarray(x)[:, None] - self.values()[start:stop], axis=-1)
 
-  def vectors(self, latents: Float[Array, "*b h w c"]) -> Float[Array, "*b p q d"]:
+  def vectors(self, latents: Float[Blocks, "*b h w c"]) -> Float[Blocks, "*b p q d"]:
     """Latents as the vectors that the codes are for: blocks."""
     return to_blocks(latents, self.config.block)
 
@@ -249,14 +250,14 @@ class TransformQuantizer(nnx.Module):
     return jnp.concatenate(parts[::-1], -1)
 
 
-def to_blocks(x: Float[Array, "*b h w c"], side: int) -> Float[Array, "*b p q d"]:
-  """Blocks of side x side latents as vectors, row by row; NumPy arrays too."""
+def to_blocks(x: Float[Blocks, "*b h w c"], side: int) -> Float[Blocks, "*b p q d"]:
+  """Blocks of side x side latents as vectors, row by row."""
   *b, h, w, c = x.shape
   x = x.reshape(*b, h // side, side, w // side, side, c).swapaxes(-4, -3)
   return x.reshape(*b, h // side, w // side, side * side * c)
 
 
-def from_blocks(x: Float[Array, "*b p q d"], side: int) -> Float[Array, "*b h w c"]:
+def from_blocks(x: Float[Blocks, "*b p q d"], side: int) -> Float[Blocks, "*b h w c"]:
   """Inverse of `to_blocks`."""
   *b, p, q, d = x.shape
   x = x.reshape(*b, p, q, side, side, d // side**2).swapaxes(-4, -3)

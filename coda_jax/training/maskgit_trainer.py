@@ -90,6 +90,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       embedding=m.embedding,
       mlp_ratio=m.mlp_ratio,
       attention=m.attention,
+      level_codes=tuple(q.get("level_codes", ())),
     )
     model = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
     self._model, _, frozen = arrays.split(model, nnx.Param, ...)
