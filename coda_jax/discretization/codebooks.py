@@ -4,13 +4,11 @@ A level is a list of factors, a factor (indices of its coordinates, codebook [co
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtri
-from jax.scipy.stats import norm
 from jaxtyping import Float, Int
 
 from coda_jax.discretization import coding
@@ -64,9 +62,9 @@ def token_bridge(
       f"token-bridge gives all {x.shape[1]} channels as many levels: --bits must be at least"
       f" {x.shape[1]} for each latent, not {budget.bits:.3g}"
     )
-  edges = np.asarray(ndtri(jnp.arange(n + 1) / n), np.float64)
-  density = np.asarray(norm.pdf(edges), np.float64)
-  levels = n * (density[:-1] - density[1:])
+  normal = statistics.NormalDist()
+  density = [0.0, *(normal.pdf(normal.inv_cdf(i / n)) for i in range(1, n)), 0.0]
+  levels = -n * np.diff(density)
   return _packed(dict.fromkeys(range(x.shape[1]), levels), budget.codes)
 
 

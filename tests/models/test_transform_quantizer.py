@@ -44,6 +44,10 @@ def quantizer() -> TransformQuantizer:
   return weights.build(lambda: TransformQuantizer(CONFIG, rngs=nnx.Rngs(0)), PARAMETERS, "test")
 
 
+encode = nnx.jit(lambda q, x: q.encode(x))
+decode = nnx.jit(lambda q, ids: q.decode(ids))
+
+
 def latents(*coordinates):
   """[1, 4, 4, 1] of the coordinates of four blocks."""
   blocks = np.array(coordinates).reshape(1, 2, 2, 4) @ HALVES + 0.5
@@ -60,13 +64,13 @@ def test_blocks_come_back():
 
 def test_ids_by_hand():
   x = latents((1.8, -3, 0.9, -0.8), (0.2, 5, -1.2, 1.1), (-1.1, 0.1, 2, 2), (-0.9, -0.1, -3, -3))
-  first, second = quantizer().encode(x)
+  first, second = encode(quantizer(), x)
   np.testing.assert_array_equal(first[0], [[4, 3], [1, 2]])  # 2 x first code + second
   np.testing.assert_array_equal(second[0], [[6 + 2, 6 + 1], [6 + 3, 6 + 0]])
   coordinates = (2, -1, 1, -1), (0, 1, -1, 1), (-2, 1, 1, 1), (0, -1, -1, -1)
-  made = quantizer().decode([first, second])
+  made = decode(quantizer(), [first, second])
   np.testing.assert_allclose(made, latents(*coordinates), atol=1e-6)
-  coarse = quantizer().decode([first])
+  coarse = decode(quantizer(), [first])
   np.testing.assert_allclose(
     coarse, latents(*((a, b, 0, 0) for a, b, *_ in coordinates)), atol=1e-6
   )
@@ -75,8 +79,8 @@ def test_ids_by_hand():
 def test_call_encode_decode_and_values_agree():
   q, x = quantizer(), jax.random.normal(jax.random.key(0), (2, 4, 8, 1))
   out = nnx.jit(lambda q, x: q(x))(q, x)
-  np.testing.assert_array_equal(out.ids[1], q.encode(x)[1])
-  made = q.decode(out.ids)
+  np.testing.assert_array_equal(out.ids[1], encode(q, x)[1])
+  made = decode(q, out.ids)
   np.testing.assert_allclose(out.latents, made, atol=1e-6)
   np.testing.assert_allclose(out.level_mse[-1], jnp.square(made - x).mean(), rtol=1e-5)
   values = q.values()
@@ -85,7 +89,7 @@ def test_call_encode_decode_and_values_agree():
   np.testing.assert_allclose(q.vectors(made), summed, atol=1e-6)
   scaled = np.square(q.embedding_values())
   np.testing.assert_allclose([scaled[:6].mean(), scaled[6:].mean()], 1, rtol=1e-5)
-  again = q.encode(made)
+  again = encode(q, made)
   for a, b in zip(again, out.ids, strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -106,7 +110,7 @@ def test_gradients_go_through_and_codes_can_train():
 
 def test_ids_of_another_level_add_nothing():
   q = quantizer()
-  first, second = q.encode(latents(*[(2, 1, 1, 1)] * 4))
+  first, second = encode(q, latents(*[(2, 1, 1, 1)] * 4))
   steps = q.level_latents([first * 0 + CONFIG.codebook_size, second], (4, 4))
   np.testing.assert_allclose(steps[0], 0.5, atol=1e-6)  # a masked level: the mean
   np.testing.assert_allclose(q.level_latents([first, first], (4, 4))[1], 0, atol=1e-6)
@@ -138,7 +142,7 @@ def test_bad_configs(change, message):
 
 def test_bad_inputs_are_one_line():
   q = quantizer()
-  first, second = q.encode(latents(*[(2, 1, 1, 1)] * 4))
+  first, second = encode(q, latents(*[(2, 1, 1, 1)] * 4))
   for call, message in (
     (lambda: q.encode(jnp.zeros((1, 3, 4, 1))), "3x4 cannot be cut into the tokenizer's blocks"),
     (lambda: q.decode([first, first]), "ids of level 2 go from 5 to 5; the codebook has 6 to 9"),
