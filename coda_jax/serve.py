@@ -76,9 +76,9 @@ class Levels:
     """(the picture from 1, 2, ... levels, the tokens as a picture, a row of numbers a level)."""
     ids, made = self._run(api.as_images(picture))
     made = to_uint8(made, "nearest")
-    rows, bits, codes = [], 0.0, self.tokenizer.config.quantizer.codes_by_level
+    rows, bits, choices = [], 0.0, self.tokenizer.config.quantizer.codes_by_level
     for level, (grid, image) in enumerate(zip(ids, made, strict=True), 1):
-      bits += grid.size * math.log2(codes[level - 1])
+      bits += grid.size * math.log2(choices[level - 1])
       h, w = grid.shape[1:]
       quality = float(psnr(picture[None], image[None])[0])
       codes = len(np.unique(grid))

@@ -111,7 +111,11 @@ def config_from_fields(cls: type, fields: Mapping, where: str):
   hints = typing.get_type_hints(cls)
   values = {}
   for name, value in fields.items():
-    kinds = [h for h in (*typing.get_args(hints[name]), hints[name]) if dataclasses.is_dataclass(h)]
+    kinds = [
+      h
+      for h in (*typing.get_args(hints[name]), hints[name])
+      if isinstance(h, type) and dataclasses.is_dataclass(h)
+    ]
     if kinds and isinstance(value, Mapping):  # of several the one that knows most of the fields
       kind = min(kinds, key=lambda k: len(value.keys() - {f.name for f in dataclasses.fields(k)}))
       value = config_from_fields(kind, value, f"{where}: {name}")

@@ -65,7 +65,7 @@ def token_bridge(
   normal = statistics.NormalDist()
   density = [0.0, *(normal.pdf(normal.inv_cdf(i / n)) for i in range(1, n)), 0.0]
   levels = -n * np.diff(density)
-  return _packed(dict.fromkeys(range(x.shape[1]), levels), budget.codes)
+  return _packed({i: levels for i in range(x.shape[1])}, budget.codes)
 
 
 def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:

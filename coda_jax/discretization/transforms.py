@@ -37,7 +37,7 @@ class Transform:
 
   def coordinates(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "m d"]:
     """Coordinates of all blocks of latents."""
-    blocks = to_blocks(latents, self.block)
+    blocks = np.asarray(to_blocks(latents, self.block))
     return (blocks.reshape(-1, blocks.shape[-1]) - self.mean) @ self.analysis
 
 

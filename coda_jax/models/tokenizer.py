@@ -62,9 +62,11 @@ class Tokenizer(nnx.Module):
     self.config = config
     vae = AutoencoderKL(config.vae, dtype=dtype, remat=remat, rngs=rngs)
     self.vae = add_lora(vae, config.lora, rngs=rngs)
-    residual = isinstance(config.quantizer, QuantizerConfig)
-    make = ResidualQuantizer if residual else TransformQuantizer
-    self.quantizer = make(config.quantizer, rngs=rngs)
+    q = config.quantizer
+    if isinstance(q, TransformConfig):
+      self.quantizer = TransformQuantizer(q, rngs=rngs)
+    else:
+      self.quantizer = ResidualQuantizer(q, rngs=rngs)
 
   def latents(
     self, images: Float[Array, "b h w 3"], key: jax.Array | None = None

@@ -29,9 +29,9 @@ METHODS = ("lloyd-max", "vq", "gaussian", "token-bridge")
 
 
 class Factor(NamedTuple):
-  """One of the codes that a token is the product of: number `index` of all, of some coordinates."""
+  """One of the codes that a token is the product of: number `number` of all, of some coordinates."""
 
-  index: int
+  number: int
   coordinates: slice
   codes: int
 
@@ -236,7 +236,7 @@ class TransformQuantizer(nnx.Module):
     return to_blocks(latents, self.config.block)
 
   def _nearest(self, x: Float[Array, "*b m"], factor: Factor) -> Int[Array, "*b"]:
-    codes = self.codebooks[factor.index][...]
+    codes = self.codebooks[factor.number][...]
     if codes.shape[1] == 1:  # few levels
       return jnp.argmin(jnp.abs(x - codes[:, 0]), -1).astype(jnp.int32)
     return euclidean_lookup(x.reshape(-1, x.shape[-1]), codes).reshape(x.shape[:-1])
@@ -245,7 +245,7 @@ class TransformQuantizer(nnx.Module):
     """Coordinates of ids that are counted within their level."""
     parts = []
     for factor in reversed(level):
-      parts.append(self.codebooks[factor.index][...][digits % factor.codes])
+      parts.append(self.codebooks[factor.number][...][digits % factor.codes])
       digits = digits // factor.codes
     return jnp.concatenate(parts[::-1], -1)
 
