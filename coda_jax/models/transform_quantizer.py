@@ -29,7 +29,7 @@ METHODS = ("lloyd-max", "vq", "gaussian", "token-bridge")
 
 
 class Factor(NamedTuple):
-  """One of the codes that a token is the product of: number `number` of all, of some coordinates."""
+  """One of the codes that a token is the product of: its number of all, and its coordinates."""
 
   number: int
   coordinates: slice
