@@ -117,7 +117,7 @@ def _of_texts(
   return Conditions(
     text=TextShape(encoder.tokens, encoder.width),
     fixed={"condition.empty": encoder.encode([""])[0]},
-    tokenize=encoder.tokenize,
+    tokenize=encoder.ids,
     encoder=flat,
     text_encoder=encoder.fingerprint,
     _graphdef=graphdef,
