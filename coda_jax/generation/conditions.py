@@ -84,7 +84,9 @@ class Prompts:
     Raises:
       UserError: something is no text.
     """
-    return self._encoder.encode(["" if text is None else text for text in wanted])
+    if wrong := [x for x in wanted if x is not None and not isinstance(x, str)]:
+      raise UserError(f"prompt {wrong[0]!r} is no text; give texts, such as 'a red bird'")
+    return self._encoder.encode([x if isinstance(x, str) else "" for x in wanted])
 
   def label(self, text: str | None) -> str:
     """The text; "null" for none."""

@@ -111,7 +111,7 @@ def test_classes_and_prompts_are_not_mixed_up(generator):
     generator.generate([0])
   with pytest.raises(UserError, match="prompts is 'a bird'; give a list"):
     generator.generate(prompts="a bird")
-  with pytest.raises(UserError, match="text 1 is a int"):
+  with pytest.raises(UserError, match="prompt 7 is no text"):
     generator.generate(prompts=[7])
   with pytest.raises(UserError, match="trained on classes, no texts: give classes"):
     test_generator.generator().generate(prompts=["a bird"])
