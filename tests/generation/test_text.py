@@ -28,7 +28,7 @@ CONFIG = MaskGITConfig(
   codebook_size=tiny.QUANTIZER.codebook_size,
   text=TextShape(tiny.TEXT.context, tiny.TEXT.width),
 )
-KEY = jax.random.key(3)
+HOW = {"steps": 2, "key": jax.random.key(3)}  # two images each: few programs
 
 
 def save(path, *, inside=True):
@@ -68,25 +68,33 @@ def generator(folder):
   return load_generator(folder / "generator")
 
 
-def test_prompts_decide_the_images(generator, folder):
-  images = generator.generate(prompts=["a red bird", "two cars"], steps=4, key=KEY)
+def test_prompts_decide_the_images(generator):
+  images = generator.generate(prompts=["a red bird", "two cars"], **HOW)
   assert images.shape == (2, 16, 16, 3)
-  other = generator.generate(prompts=["a blue bird", "two cars"], steps=4, key=KEY)
+  other = generator.generate(prompts=["a blue bird", "two cars"], **HOW)
   np.testing.assert_allclose(other[1], images[1], atol=1e-4)
   assert np.abs(other[0] - images[0]).max() > 0.01
+
+
+def test_the_public_generator_pads_prompts(folder, generator, monkeypatch):
   public = coda_jax.load_generator(folder / "generator")
   assert str(public).startswith("Generator(texts, 16 x 16 images")
-  three = public.generate(prompts=["a red bird", "two cars", None], steps=4, key=KEY)
-  np.testing.assert_allclose(three[:2], images, atol=1e-4)
+  seen = []
+  monkeypatch.setattr(
+    Generator, "generate", lambda self, **given: seen.append(given) or jnp.zeros(4)
+  )
+  made = public.generate(prompts=["a", "b", "c"], negative_prompts=["d", "e", "f"], first=2)
+  assert made.shape == (3,)
+  assert seen[0]["prompts"] == ["a", "b", "c", None]
+  assert seen[0]["negative_prompts"] == ["d", "e", "f", None] and seen[0]["first"] == 2
 
 
 def test_guidance_leads_away_from_the_negative_prompt(generator):
   wanted = ["a red bird", "two cars"]
-  draw = functools.partial(generator.generate, prompts=wanted, steps=4, key=KEY)
-  guided = draw(guidance_ramp="constant")
-  empty = draw(guidance_ramp="constant", negative_prompts="")
+  draw = functools.partial(generator.generate, prompts=wanted, guidance_ramp="constant", **HOW)
+  guided, empty = draw(), draw(negative_prompts="")
   np.testing.assert_allclose(empty, guided, atol=1e-4)
-  away = draw(guidance_ramp="constant", negative_prompts=["blurred", "dark"])
+  away = draw(negative_prompts=["blurred", "dark"])
   assert np.abs(away - guided).max() > 0.01
   # cond + s (cond - cond)
   np.testing.assert_allclose(draw(negative_prompts=wanted), draw(guidance=0), atol=1e-4)
@@ -97,13 +105,13 @@ def test_guidance_leads_away_from_the_negative_prompt(generator):
 
 
 def test_inpainting_with_a_prompt(generator):
-  images, mask = np.asarray(tiny.images(1, 16, 16)), np.zeros((16, 16), bool)
+  images, mask = np.asarray(tiny.images(2, 16, 16)), np.zeros((16, 16), bool)
   mask[:, 8:] = True
-  how = {"steps": 4, "key": KEY}
-  out = generator.inpaint(images, mask, prompts=["a bird"], negative_prompts="dark", **how)
+  prompts = ["a bird", "a car"]
+  out = generator.inpaint(images, mask, prompts=prompts, negative_prompts="dark", **HOW)
   np.testing.assert_array_equal(out[:, :, :8], images[:, :, :8])
   assert np.abs(out - images)[:, :, 8:].max() > 0.01
-  assert generator.change_class(images, prompts=["a bird"], **how).shape == images.shape
+  assert generator.change_class(images, prompts=prompts, **HOW).shape == images.shape
 
 
 def test_classes_and_prompts_are_not_mixed_up(generator):
@@ -125,7 +133,7 @@ def test_a_long_prompt_is_cut_with_one_warning(folder, caplog):
   generator = load_generator(folder / "generator")
   with caplog.at_level(logging.WARNING):
     for _ in range(2):
-      generator.generate(prompts=["a word after " * 9, "bird"], steps=1)
+      generator.conditions(["a word after " * 9, "bird"])
   assert caplog.text.count("1 of 2 texts are longer than 6 tokens and are cut") == 1
 
 
@@ -145,7 +153,7 @@ def test_the_text_encoder_travels_or_is_named(folder, tmp_path):
   with pytest.raises(UserError, match="other is text encoder .* was trained with"):
     load_generator(apart, text_encoder=other)
   found = load_generator(apart, text_encoder=tmp_path / "encoder")
-  assert found.generate(prompts=["a bird"], steps=1).shape == (1, 16, 16, 3)
+  assert found.conditions(["a bird", None]).shape == (2, 8, 16)
   shutil.rmtree(tmp_path / "generator")
   classes = test_generator.save(tmp_path)
   with pytest.raises(UserError, match="trained on classes: it needs no text encoder"):
