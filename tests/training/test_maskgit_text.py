@@ -1,45 +1,69 @@
 """Training a generator on captions and on their embeddings: one update, and what belongs to it."""
 
-import csv
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from coda_jax import config as c
-from coda_jax import text, tokenize_dataset, weights
+from coda_jax import text, weights
+from coda_jax.data import records, tokens
 from coda_jax.errors import UserError
 from coda_jax.generation.generator import load_generator
 from coda_jax.training.logging import read_metrics
 from tests import tiny
 from tests.conftest import assert_close
 from tests.exporting import check
-from tests.training import runs
 from tests.training.test_maskgit_trainer import config as classes
 from tests.training.test_maskgit_trainer import make_trainer, one_step, train
 
 KINDS = ("captions", "embeddings")
 
 
+def write(path, fields, encoder, kind):
+  """Random tokens of 24 images, with two captions each, their embeddings, or classes."""
+  rng, q = np.random.default_rng(0), fields["quantizer"]
+  ids = rng.integers(0, q["codebook_size"], (24, sum(p * p for p in q["patch_sizes"])), np.uint16)
+  file, number = "tokens-00000-of-00001.array_record", np.arange(24)
+  labels = np.zeros(24, np.int32) if kind == "classes" else np.stack([0 * number, 2 * number], 1)
+  if kind != "classes":
+    labels = np.concatenate([labels, 2 + 0 * labels[:, :1]], 1)
+  captions = [f"a {'red' if i % 4 < 2 else 'blue'} image" for i in range(48)]
+  path.mkdir(parents=True)
+  manifest = {
+    "format": tokens.FORMAT,
+    "complete": True,
+    "tokenizer": fields["fingerprint"],
+    "patch_sizes": q["patch_sizes"],
+    "codebook_size": q["codebook_size"],
+    "class_names": ["one"],
+    "shards": [{"file": file, "images": 24, "captions": 48}],
+  }
+  if kind != "classes":
+    manifest["text"] = {"kind": kind}
+    texts = [caption.encode() for caption in captions]
+    if kind == "embeddings":
+      made = encoder.encode([*captions, ""]).astype(np.float16)
+      texts = [x.tobytes() for x in made[:-1]]
+      np.save(path / "empty.npy", made[-1])
+      shape = {"tokens": encoder.tokens, "width": encoder.width, "empty": "empty.npy"}
+      of = {"kind": encoder.kind, "fingerprint": encoder.fingerprint}
+      manifest["text"] |= {"encoder": of, **shape}
+    records.write(path / tokens.text_file(file), texts)
+  records.write(path / file, [tokens.pack(ids, labels.astype(np.int32))])
+  (path / tokens.MANIFEST).write_text(json.dumps(manifest))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Tokens with captions in `captions/SPLIT`, with embeddings in `embeddings/SPLIT`."""
+  """Tokens with captions, with embeddings and with classes, by these names."""
   folder = tmp_path_factory.mktemp("texts")
-  runs.make_inputs(folder)
   weights.save_tokenizer(tiny.tokenizer(), folder / "tokenizer")
-  tiny.save_text_encoder(folder / "encoder")
-  for split, count in (("train", 24), ("val", 6)):
-    with (folder / "images" / split / "metadata.csv").open("w", newline="") as file:
-      out = csv.writer(file)
-      out.writerow(["file_name", "caption"])
-      for i in range(count):
-        out.writerows([f"one/{i}.png", f"a {'red' if i % 2 else 'blue'} image"] for _ in range(2))
-    for kind in KINDS:
-      words = ["--tokenizer", folder / "tokenizer", "--data", f"folder:{folder}/images@{split}"]
-      words += ["--output", folder / kind / split, "--batch-size", "8", "--text", kind]
-      words += ["--text-encoder", folder / "encoder"] if kind == "embeddings" else []
-      tokenize_dataset.run(tokenize_dataset.parser().parse_args([str(w) for w in words]))
+  encoder = text.load_text_encoder(tiny.save_text_encoder(folder / "encoder"))
+  for kind in (*KINDS, "classes"):
+    write(folder / kind, weights.read_config(folder / "tokenizer", "tokenizer"), encoder, kind)
   return folder
 
 
@@ -47,7 +71,7 @@ def config(folder, kind, **changes):
   settings = classes(folder, class_dropout=0.1, steps=4, model__depth=0)
   data = dataclasses.replace(
     settings.data,
-    train=str(folder / kind / "train"),
+    train=str(folder / kind),
     eval="",
     text_encoder=str(folder / "encoder"),
   )
@@ -91,8 +115,7 @@ def test_embeddings_bring_the_empty_text(folder, trainers):
 
 @pytest.mark.slow
 def test_embeddings_need_no_text_encoder(folder, tmp_path):
-  held_out = str(folder / "embeddings" / "val")
-  changes = {"data__text_encoder": "", "data__eval": held_out, "eval__batch_size": 8}
+  changes = {"data__text_encoder": "", "data__eval": str(folder / "embeddings")}
   trainer = make_trainer(config(folder, "embeddings", **changes))
   assert train(trainer, tmp_path)
   assert [r for r in read_metrics(tmp_path) if r["kind"] == "eval"]
@@ -106,7 +129,7 @@ def test_embeddings_need_no_text_encoder(folder, tmp_path):
   [
     ("captions", {"data__text_encoder": ""}, "have captions: config.data.text_encoder names"),
     ("captions", {"data__text_encoder": "tokenizer"}, "give the directory of a text encoder"),
-    ("captions", {"data__eval": "embeddings/val"}, "with captions, .* with embeddings of captions"),
+    ("captions", {"data__eval": "embeddings"}, "with captions, .* with embeddings of captions"),
     ("embeddings", {"data__text_encoder": "other"}, "were embedded by text encoder .*other is"),
     ("embeddings", {"model__num_classes": 3}, "num_classes=3, but the tokens .* have texts"),
     ("classes", {"data__text_encoder": "encoder"}, "have no captions; .*--text captions"),
@@ -116,9 +139,6 @@ def test_errors_name_both(folder, monkeypatch, kind, changes, message):
   monkeypatch.chdir(folder)
   if not (folder / "other").exists():
     tiny.save_text_encoder(folder / "other", seed=1)
-    words = ["--tokenizer", "tokenizer", "--data", "folder:images@train", "--batch-size", "8"]
-    words += ["--output", "classes/train"]
-    tokenize_dataset.run(tokenize_dataset.parser().parse_args(words))
   with pytest.raises(UserError, match=message):
     make_trainer(config(folder, kind, **changes))
 
