@@ -80,7 +80,10 @@ def coco() -> c.MaskGITTrainConfig:
 
 
 def text_demo() -> c.MaskGITTrainConfig:
-  """A small model on 64x64 drawn shapes and their captions: half an hour of two cores."""
+  """A small model on 64x64 drawn shapes and their captions, for two cores.
+
+  `docs/text_to_image.md` has the commands that draw them and make the tokens.
+  """
   return dataclasses.replace(
     demo(),
     data=c.TokenDataSettings(
