@@ -59,11 +59,11 @@ class Classes:
     more = ", ..." if len(self._names) > 10 else ""
     return f"no class {c!r}; the generator's names are: {names}{more}"
 
-  def label(self, c: int | None) -> str:
+  def label(self, c: int | str | None) -> str:
     """The name of a class, or its number if it has none; "null" for no class."""
     if c is None:
       return "null"
-    return self._names[c] if c < len(self._names) else str(c)
+    return self._names[c] if isinstance(c, int) and c < len(self._names) else str(c)
 
 
 class Prompts:
@@ -88,6 +88,6 @@ class Prompts:
       raise UserError(f"prompt {wrong[0]!r} is no text; give texts, such as 'a red bird'")
     return self._encoder.encode([x if isinstance(x, str) else "" for x in wanted])
 
-  def label(self, text: str | None) -> str:
+  def label(self, text: int | str | None) -> str:
     """The text; "null" for none."""
-    return text or "null"
+    return str(text or "null")

@@ -39,7 +39,9 @@ class TextEncoder(Protocol):
   width: int
   padding: str
   fingerprint: str
-  model: nnx.Module
+
+  @property
+  def model(self) -> nnx.Module: ...
 
   def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], list[int]]:
     """(ids int32 [B, tokens] of the texts, the numbers of those that were cut)."""

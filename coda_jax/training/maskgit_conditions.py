@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -106,7 +107,7 @@ def _of_texts(
         f"the texts of {path} were embedded by text encoder {theirs[:12]}, "
         f"{named or where} is {mine[:12]}"
       )
-  common = {"text_encoder_dir": named or None}
+  common: dict[str, Any] = {"text_encoder_dir": named or None}
   if embedded:
     empty = np.asarray(train.empty(), np.float32)
     shape = TextShape(int(info["tokens"]), int(info["width"]))

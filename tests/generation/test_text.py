@@ -104,6 +104,7 @@ def test_guidance_leads_away_from_the_negative_prompt(generator):
     draw(negative_prompts=["blurred"])
 
 
+@pytest.mark.slow
 def test_inpainting_with_a_prompt(generator):
   images, mask = np.asarray(tiny.images(2, 16, 16)), np.zeros((16, 16), bool)
   mask[:, 8:] = True

@@ -46,6 +46,7 @@ def test_texts(dtype):
   np.testing.assert_allclose(found, expected, atol=1e-3 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.slow
 def test_a_model_of_texts():
   model = nnx.jit(lambda: MaskGIT(CONFIG, rngs=nnx.Rngs(0)))()
   run = nnx.jit(lambda model, ids, x: model(ids, x))

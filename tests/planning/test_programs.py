@@ -66,7 +66,7 @@ def test_programs_of_a_generator(generator, tokenizer, what):
   program.lower()
 
 
-@pytest.mark.parametrize("kind", ["captions", "embeddings"])
+@pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])
 def test_programs_of_a_generator_of_texts(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, "CLIPTextConfig", lambda: tiny.TEXT)  # CLIP's own is half a GB
   words = ["--config.model.depth=0", "--config.model.width=16"]

@@ -44,6 +44,7 @@ def test_level_balance(balance):
   np.testing.assert_allclose(losses / count, np.log(32), rtol=0.1)  # a fresh model's guess
 
 
+@pytest.mark.slow
 def test_dropped_texts_do_not_count():
   m = MaskGITConfig(16, 0, 1, 0, (1, 2), 32, embedding="table", text=TextShape(3, 4))
   model = MaskGIT(m, rngs=nnx.Rngs(0))

@@ -83,6 +83,7 @@ def trainers(folder):
   return {kind: make_trainer(config(folder, kind)) for kind in KINDS}
 
 
+@pytest.mark.slow
 def test_captions_learn_and_generate(folder, trainers, tmp_path):
   trainer = trainers["captions"]
   assert train(trainer, tmp_path)
