@@ -306,28 +306,38 @@ class Tokenizer(plain_tokenizer.Tokenizer):
 class Generator(generator.Generator):
   """A MaskGIT and its tokenizer; see `coda_jax.generation.generator`."""
 
-  def generate(self, classes, steps: int = 8, key=None, *, first: int = 0, **settings) -> Array:
-    """One image of each class, about [-1, 1]; the batch is padded to a size that compiles once."""
-    count = len(self.class_ids(classes))
-    padded = [*classes, *[None] * (arrays.padded_size(count) - count)] if count else classes
-    return super().generate(padded, steps, key, first=first, **settings)[:count]
+  def generate(
+    self, classes=None, steps: int = 8, key=None, *, prompts=None, negative_prompts=None, **others
+  ) -> Array:
+    """One image of each class or prompt, about [-1, 1]; see the plain generator.
+
+    The batch is padded to a size that compiles once.
+    """
+    wanted = self.asked(classes, prompts)
+    count = len(wanted)
+    more = [None] * (arrays.padded_size(count) - count) if count else []
+    if negative_prompts is not None and not isinstance(negative_prompts, str):
+      negative_prompts = [*negative_prompts, *more]
+    how = {self.conditions.keyword: [*wanted, *more], "negative_prompts": negative_prompts}
+    return super().generate(steps=steps, key=key, **how, **others)[:count]
 
   def encode(self, images: Images) -> Array:
     """Ids [B, N] of images of the training size."""
     return super().encode(as_images(images))
 
-  def inpaint(self, images: Images, mask, classes, *args, **settings):
+  def inpaint(self, images: Images, mask, *args, **settings):
     """Images with the pixels of the mask made anew; see the plain generator."""
-    return super().inpaint(as_images(images), mask, classes, *args, **settings)
+    return super().inpaint(as_images(images), mask, *args, **settings)
 
-  def change_class(self, images: Images, classes, *args, **settings):
-    """Images remade as of other classes; see the plain generator."""
-    return super().change_class(as_images(images), classes, *args, **settings)
+  def change_class(self, images: Images, *args, **settings):
+    """Images remade as of other classes or prompts; see the plain generator."""
+    return super().change_class(as_images(images), *args, **settings)
 
   def __repr__(self) -> str:
     c = self.config
+    of = "texts" if c.text else f"{c.num_classes} classes"
     return (
-      f"Generator({c.num_classes} classes, {self.image_size} x {self.image_size} images, "
+      f"Generator({of}, {self.image_size} x {self.image_size} images, "
       f"{c.tokens} tokens of {c.codebook_size} codes, width {c.width})"
     )
 
@@ -354,6 +364,17 @@ def load_tokenizer(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -
   return weights.load_tokenizer(hub.local(path), dtype=dtype, cls=Tokenizer)
 
 
-def load_generator(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Generator:
-  """The generator that training wrote to `path`, with the tokenizer in it; see `load_vae`."""
-  return generator.load_generator(hub.local(path), dtype=dtype, cls=Generator)
+def load_generator(
+  path: str | os.PathLike,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  text_encoder: str | os.PathLike | None = None,
+) -> Generator:
+  """The generator that training wrote to `path`, with the tokenizer in it; see `load_vae`.
+
+  Args:
+    text_encoder: directory of its text encoder, if it is of texts and does not hold it.
+  """
+  encoder = None if text_encoder is None else hub.local(text_encoder)
+  how = {"dtype": dtype, "cls": Generator, "text_encoder": encoder}
+  return generator.load_generator(hub.local(path), **how)

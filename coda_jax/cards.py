@@ -49,7 +49,11 @@ def _shape(config: Mapping[str, Any]) -> dict[str, str]:
     rows["VAE"] = f"{down}x downsampling, {vae['z_channels']} channels"
   if "maskgit" in config:
     m = config["maskgit"]
-    rows["classes"] = f"{m['num_classes']:,}"
+    if text := m.get("text"):
+      rows["texts"] = f"{text['tokens']} vectors of {text['width']} numbers stand for a prompt"
+      rows["text encoder"] = f"`{config['text_encoder_fingerprint']}`, in `text_encoder/` or apart"
+    else:
+      rows["classes"] = f"{m['num_classes']:,}"
     rows["transformer"] = f"{m['width']} wide, {m['depth'] + 1} blocks, {m['heads']} heads"
     rows["tokenizer"] = f"`{config['tokenizer_fingerprint']}`, in `tokenizer/`"
   return rows

@@ -26,6 +26,7 @@ from coda_jax.evaluation.yardsticks import yardsticks
 from coda_jax.generation import options
 from coda_jax.generation.generator import load_generator
 
+_OF_TEXTS = ("prompt", "prompts", "negative_prompt")
 _OF_GENERATORS = ("sweep_steps", "sweep_guidance", "yardsticks")
 
 
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
   )
 
   g = p.add_argument_group("of a generator")
-  options.add_classes(g)
+  options.add_wanted(g)
   g.add_argument("--sweep-steps", metavar="A,B", help="numbers of steps to compare")
   g.add_argument("--sweep-guidance", metavar="A,B", help="guidances to compare")
   g.add_argument(
@@ -147,6 +148,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check_usage(args: argparse.Namespace) -> None:
+  options.check_wanted(args)
   samples = args.samples or args.generator
   if samples and bool(args.data) == bool(args.reference):
     raise cli.UsageError("samples are compared with one of --data SPEC and --reference FILE.npz")
@@ -157,7 +159,7 @@ def _check_usage(args: argparse.Namespace) -> None:
   if args.continuous and not args.tokenizer:
     raise cli.UsageError("--continuous is of a --tokenizer")
   if not args.generator:
-    for name in _OF_GENERATORS:
+    for name in (*_OF_GENERATORS, *_OF_TEXTS, "text_encoder"):
       if getattr(args, name):
         raise cli.UsageError(f"--{name.replace('_', '-')} is of a --generator")
   if args.yardsticks and not args.data:
@@ -172,7 +174,7 @@ def _options(args: argparse.Namespace, image_size: int | None) -> dict[str, Any]
   names += ["compare", "continuous", "convention", "rounding", "resize_ratio", "crop"]
   names += ["max_images", "posterior", "seed"]
   if args.generator:
-    names += ["classes", "count", *_OF_GENERATORS]
+    names += ["classes", *_OF_TEXTS, "count", *_OF_GENERATORS]
     names += [f.name for f in dataclasses.fields(options.SamplerSettings)]
   found = {name: getattr(args, name) for name in names}
   found = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in found.items()}
@@ -281,7 +283,7 @@ def _samples(args: argparse.Namespace) -> tuple[Evaluation, str]:
 
 def _generated(args: argparse.Namespace, name: str, networks: Networks, convention):
   """(networks, image size, arguments of `Evaluation`) of a generator."""
-  generator = load_generator(args.generator)
+  generator = load_generator(args.generator, text_encoder=args.text_encoder)
   size = generator.image_size
   if args.image_size not in (None, size):
     raise UserError(f"--image-size {args.image_size}: {args.generator} makes images of {size}")
@@ -296,24 +298,32 @@ def _generated(args: argparse.Namespace, name: str, networks: Networks, conventi
   ]
   for s in (settings, *swept):
     s.check(generator.config.tokens)
-  classes = options.parse_classes(args.classes, generator)
-  count, key = len(classes) * args.count, jax.random.key(args.seed)
+  wanted = options.wanted_of(args, generator)
+  count, key = len(wanted) * args.count, jax.random.key(args.seed)
   hashed = weights.fingerprint_of(args.generator, "generator")
 
-  def make(numbers, s):  # classes take turns, so that every part holds all of them
-    drawn = [classes[i % len(classes)] for i in numbers]
-    return generator.generate(drawn, first=numbers[0], key=key, **dataclasses.asdict(s))
+  def make(numbers, s):  # they take turns, so that every part holds all of them
+    drawn = [wanted[i % len(wanted)] for i in numbers]
+    how = {"first": numbers[0], "key": key, **dataclasses.asdict(s)}
+    return generator.generate(**options.asked_for(generator, drawn, args.negative_prompt), **how)
+
+  said = options.described(args, generator, wanted)
+  decided = {"classes": wanted}
+  if generator.config.text:
+    decided = {k: x for k, x in said.items() if k != "prompts"}
+    said["assignment"] = f"image i is of prompt i mod {len(wanted)}, random numbers of (seed, i)"
+    note = "CLIP score is left out: CLIP's image half is not converted"
+    networks = dataclasses.replace(networks, notes=(*networks.notes, note))
 
   def samples(what: str, s: options.SamplerSettings) -> Samples:
-    identity = {"generator": hashed, "classes": classes, "seed": args.seed}
-    identity |= dataclasses.asdict(s)
+    identity = {"generator": hashed, "seed": args.seed, **decided, **dataclasses.asdict(s)}
     how = networks, convention, min(args.batch_size, count), identity
     return Samples(what, count, make, s, *how)
 
   sets, sweep = [samples(name, settings)], []
   if args.sweep_steps or args.sweep_guidance:
     sweep = [samples(f"{s.steps} steps, guidance {s.guidance:g}", s) for s in swept]
-  sampler = {**dataclasses.asdict(settings), "seed": args.seed, "classes": args.classes}
+  sampler = {**dataclasses.asdict(settings), "seed": args.seed, **said}
   averaged = weights.is_averaged(args.generator)
   sides = {name: Side(os.fspath(args.generator), count)}
   models: dict[str, Mapping[str, Any]] = {

@@ -1,7 +1,8 @@
-"""`python -m coda_jax.generate`: images of classes from a generator, and edits of an image.
+"""`python -m coda_jax.generate`: images of classes or prompts, and edits of an image.
 
-Writes `images/NUMBER_CLASS.png`, `grid.png` and `settings.json`; on request the samples as ADM's
-evaluation reads them (`samples.npz`, key `arr_0`) and a filmstrip of the steps.
+Writes `images/NUMBER_CLASS.png` (or `NUMBER_PROMPT.png`), `grid.png` and `settings.json`; on
+request the samples as ADM's evaluation reads them (`samples.npz`, key `arr_0`) and a filmstrip of
+the steps.
 """
 
 import argparse
@@ -29,18 +30,19 @@ from coda_jax.generation import editing, options
 from coda_jax.generation.generator import Generator, load_generator
 from coda_jax.outputs import check_output, written_aside
 
+_LONGEST = 60  # characters of a prompt in a file's name
 _MOVED = ("--evaluate", "--sweep", "--real", "--lpips")  # to coda_jax.eval
 
 
 def parser() -> argparse.ArgumentParser:
   p = cli.Parser(
     prog="python -m coda_jax.generate",
-    description="Generates images of classes.",
+    description="Generates images of classes or prompts.",
     epilog="example: python -m coda_jax.generate --model runs/maskgit/generator --classes 207,360"
     " --steps 8 --output samples",
   )
   p.add_argument("--model", required=True, metavar="DIR", type=cli.path, help="the generator")
-  options.add_classes(p)
+  options.add_wanted(p)
   p.add_argument("--output", required=True, metavar="DIR", type=cli.path, help="new directory")
   p.add_argument("--overwrite", action="store_true", help="replace what the output directory holds")
   p.add_argument(
@@ -89,13 +91,14 @@ def run(args: argparse.Namespace) -> None:
   """Writes the images; see the module's docstring."""
   _check_usage(args)
   settings = options.settings_of(args)
-  read = [args.model, args.inpaint, args.change_class, args.mask]
+  read = [args.model, args.inpaint, args.change_class, args.mask, args.prompts, args.text_encoder]
   check_output(args.output, "generate", overwrite=args.overwrite, inputs=read)
-  generator = load_generator(args.model)
+  generator = load_generator(args.model, text_encoder=args.text_encoder)
   if args.order is None:
     settings = dataclasses.replace(settings, order=generator.order)
   settings.check(generator.config.tokens)
-  classes = [c for c in options.parse_classes(args.classes, generator) for _ in range(args.count)]
+  each = options.wanted_of(args, generator)
+  wanted = [x for x in each for _ in range(args.count)]
   key = jax.random.key(args.seed)
   make = _maker(args, generator, key)
 
@@ -105,23 +108,25 @@ def run(args: argparse.Namespace) -> None:
       "fingerprint": weights.fingerprint_of(args.model, "generator"),
       "sampler": dataclasses.asdict(settings),
       "seed": args.seed,
-      "classes": args.classes,
+      **options.described(args, generator, each),
       "count": args.count,
       "batch_size": args.batch_size,
       "edit": _edit_settings(args),
     }
     _write_json(folder / "settings.json", written)
-    labels = [generator.label(c) for c in classes]
-    batches = sample_batches(make, classes, settings, args.batch_size)
+    labels = [generator.label(x) for x in wanted]
+    batches = sample_batches(make, wanted, settings, args.batch_size)
     shown = _write_images(folder, args, batches, labels)
     sample_figures.sample_grid(shown, labels, args.count).save(folder / "grid.png")
     if args.filmstrip:
-      strip = sample_figures.filmstrip(generator, classes, labels, settings, key)
+      how = settings, key, args.negative_prompt
+      strip = sample_figures.filmstrip(generator, wanted, labels, *how)
       strip.save(folder / "filmstrip.png")
   print(f"{args.output / 'images'}, {args.output / 'grid.png'}")
 
 
 def _check_usage(args) -> None:
+  options.check_wanted(args)
   if bool(args.inpaint) != bool(args.mask):
     raise cli.UsageError("--inpaint and --mask belong together")
   if args.filmstrip and (args.inpaint or args.change_class):
@@ -140,15 +145,16 @@ def _maker(args: argparse.Namespace, generator: Generator, key: PRNGKeyArray) ->
   image = normalize(_read(path, generator.image_size)) if path else None
   mask = _mask(args, generator.image_size) if args.inpaint else None
 
-  def make(classes, first, settings):
+  def make(wanted, first, settings):
     how = {"key": key, "first": first, **dataclasses.asdict(settings)}
+    how |= options.asked_for(generator, wanted, args.negative_prompt)
     if image is None:
-      return generator.generate(classes, **how)
-    images = np.stack([image] * len(classes))
+      return generator.generate(**how)
+    images = np.stack([image] * len(wanted))
     if mask is None:
-      return generator.change_class(images, classes, keep_levels=args.keep_levels, **how)
+      return generator.change_class(images, keep_levels=args.keep_levels, **how)
     paste = not args.no_paste
-    return generator.inpaint(images, mask, classes, least=args.least, paste=paste, **how)
+    return generator.inpaint(images, mask, least=args.least, paste=paste, **how)
 
   return make
 
@@ -195,7 +201,7 @@ def _write_images(
   with tqdm.tqdm(total=count, unit="image", disable=None) as bar:
     for first, images, _ in batches:
       for i, image in enumerate(images, first):
-        name = re.sub(r"[^\w.-]+", "_", labels[i])
+        name = re.sub(r"[^\w.-]+", "_", labels[i])[:_LONGEST]
         Image.fromarray(image).save(folder / "images" / f"{i:0{digits}}_{name}.png")
         if i in wanted:
           shown[i] = image

@@ -85,7 +85,8 @@ def _written_by(folder: storage.Path, kind: str) -> set[str]:
       return set()
   except (OSError, ValueError, KeyError, TypeError):
     return set()
-  inner = {os.path.join("tokenizer", name) for name in WEIGHTS} if kind == "generator" else set()
+  copies = ("tokenizer", "text_encoder") if kind == "generator" else ()
+  inner = {os.path.join(copy, name) for copy in copies for name in WEIGHTS}
   with contextlib.suppress(OSError, ValueError):
     if cards.MARK in (folder / cards.FILE).read_text():
       inner.add(cards.FILE)

@@ -2,7 +2,8 @@
 
 Drop an image and see it at every level of tokens, with PSNR, bits and the tokens themselves; beside
 a second tokenizer if one is given. With a generator, make images of classes and paint over parts of
-a picture. `pip install 'coda_jax[serve]'` brings Gradio. Nothing is fetched from elsewhere.
+a picture. A generator of texts takes a prompt instead of a class. `pip install 'coda_jax[serve]'`
+brings Gradio. Nothing is fetched from elsewhere.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from coda_jax.evaluation.reconstruction import decode_latents, encode_levels
 _STEPS = (1, 2, 4, 8, 16, 32)  # each compiles once
 _COUNT = 4  # images that are generated at a time
 _LARGEST_FILE, _LARGEST_IMAGE = "20mb", 64 * 2**20  # bytes; pixels
+_LONGEST_PROMPT = 500  # characters
 _WAITING = 100  # requests that may wait; later ones are told to come back
 _KEPT = 600  # seconds that a picture stays on the server's disk
 
@@ -39,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer")
   p.add_argument("--compare", metavar="DIR", help="a second tokenizer, shown beside it")
-  p.add_argument("--generator", metavar="DIR", help="a generator, for classes and painting")
+  p.add_argument("--generator", metavar="DIR", help="a generator, for samples and painting")
+  p.add_argument("--text-encoder", metavar="DIR", help="of a generator that does not hold its own")
   p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (127.0.0.1)")
   p.add_argument("--port", type=cli.integer(1, 65535), default=7860, help="(7860)")
   return p
@@ -194,24 +197,30 @@ def page(tokenizers: dict[str, api.Tokenizer], generator: api.Generator | None):
 
 def _generator_tabs(gr, generator: api.Generator, answered) -> None:
   names = [generator.label(c) for c in range(generator.config.num_classes)]
-  size = generator.image_size
+  size, texts = generator.image_size, bool(generator.config.text)
+
+  def asked(wanted, count):
+    if texts:
+      return {"prompts": [wanted or ""] * count}
+    return {"classes": [names.index(wanted)] * count}
 
   def controls():
     return [
-      gr.Dropdown(names, value=names[0], label="class"),
+      gr.Textbox(label="prompt", max_length=_LONGEST_PROMPT)
+      if texts
+      else gr.Dropdown(names, value=names[0], label="class"),
       gr.Radio([str(s) for s in _STEPS], value="8", label="steps"),
       gr.Slider(0.1, 8, value=2, step=0.1, label="guidance"),
       gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="seed"),
     ]
 
   @answered
-  def make(name, steps, guidance, seed):
-    classes = [names.index(name)] * _COUNT
-    options = {"steps": int(steps), "guidance": float(guidance)}
-    return api.to_pil(generator.generate(classes, key=jax.random.key(int(seed)), **options))
+  def make(wanted, steps, guidance, seed):
+    options = {"steps": int(steps), "guidance": float(guidance), **asked(wanted, _COUNT)}
+    return api.to_pil(generator.generate(key=jax.random.key(int(seed)), **options))
 
   @answered
-  def paint(drawn, name, steps, guidance, seed):
+  def paint(drawn, wanted, steps, guidance, seed):
     if drawn is None or drawn["background"] is None or not drawn["layers"]:
       raise UserError("drop a picture and paint over the part that is to change")
     picture = Image.fromarray(drawn["background"]).convert("RGB")
@@ -223,10 +232,10 @@ def _generator_tabs(gr, generator: api.Generator, answered) -> None:
     made = generator.inpaint(
       crop(picture),
       mask > 127,
-      [names.index(name)],
-      int(steps),
-      jax.random.key(int(seed)),
+      steps=int(steps),
+      key=jax.random.key(int(seed)),
       guidance=float(guidance),
+      **asked(wanted, 1),
     )
     return api.to_pil(made)[0]
 
@@ -251,7 +260,9 @@ def run(args: argparse.Namespace) -> None:
   tokenizers = {"tokenizer": api.load_tokenizer(args.tokenizer)}
   if args.compare:
     tokenizers["compared"] = api.load_tokenizer(args.compare)
-  generator = api.load_generator(args.generator) if args.generator else None
+  generator = None
+  if args.generator:
+    generator = api.load_generator(args.generator, text_encoder=args.text_encoder)
   # Gradio keeps uploads here; a folder of its own, gone with the process.
   with tempfile.TemporaryDirectory(prefix="coda_jax_serve_") as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder

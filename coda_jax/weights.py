@@ -46,7 +46,7 @@ Tok = typing.TypeVar("Tok", bound=Tokenizer)
 # Settings of training or of speed: they decide neither ids nor pixels.
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size")
 # Fields that came later count where they are not what was so before them.
-_LATER = {"norm_patch": 0, "level_codes": []}
+_LATER = {"norm_patch": 0, "level_codes": [], "text": None}
 
 
 def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
@@ -439,6 +439,8 @@ def save_generator(
   made: Mapping[str, typing.Any] | None = None,
   *,
   averaged: bool | None = None,
+  text_encoder: str | None = None,
+  text_encoder_dir: Path | None = None,
 ) -> None:
   """Saves a generator with a copy of its tokenizer at `path`/tokenizer.
 
@@ -446,6 +448,8 @@ def save_generator(
     order: in which training masked the tokens (`config.MaskingSettings`).
     made: how it came to be, for its card.
     averaged: as in `write_directory`.
+    text_encoder: fingerprint of the text encoder, of a model of texts.
+    text_encoder_dir: that encoder, to be copied to `path`/text_encoder.
 
   Raises:
     UserError: the tokenizer's levels or codes are not the model's.
@@ -459,6 +463,10 @@ def save_generator(
     "tokenizer_fingerprint": tokenizer["fingerprint"],
   }
   inner = {"tokenizer": tokenizer_dir}
+  if text_encoder:
+    fields["text_encoder_fingerprint"] = text_encoder
+  if text_encoder_dir:
+    inner["text_encoder"] = text_encoder_dir
   write_directory(path, "generator", fields, _numpy(model), inner, made, averaged=averaged)
 
 

@@ -1,4 +1,9 @@
-"""MaskGIT on CODA tokens: `configs/maskgit.py:mar_l`, `mar_s`, `flux_l`, `flux_s` or `demo`."""
+"""MaskGIT on CODA tokens: `configs/maskgit.py:mar_l`, `mar_s`, `flux_l`, `flux_s` or `demo`.
+
+Of texts: `coco_s` (the paper's Table 5) or `text_demo`.
+"""
+
+import dataclasses
 
 from coda_jax import config as c
 from coda_jax.errors import UserError
@@ -10,11 +15,13 @@ SIZES = {
 
 
 def get_config(arg: str = "mar_l"):
-  if arg == "demo":
-    return c.config_dict(demo())
+  named = {"demo": demo, "coco_s": coco, "text_demo": text_demo}
+  if arg in named:
+    return c.config_dict(named[arg]())
   vae, _, size = arg.partition("_")
   if vae not in ("mar", "flux") or size not in SIZES:
-    raise UserError(f"config argument {arg!r} is none of mar_l, mar_s, flux_l, flux_s, demo")
+    known = ", ".join(["mar_l", "mar_s", "flux_l", "flux_s", *named])
+    raise UserError(f"config argument {arg!r} is none of {known}")
   data = c.TokenDataSettings(tokenizer=f"runs/{vae}/tokenizer", train=f"tokens/{vae}/train")
   return c.config_dict(c.MaskGITTrainConfig(data=data, model=SIZES[size]))
 
@@ -50,4 +57,41 @@ def demo() -> c.MaskGITTrainConfig:
     eval=c.EvalSettings(every=500, images=120, batch_size=8, lpips=False),
     checkpoint=c.CheckpointSettings(every=250, best_metric="-loss"),
     logging=c.LoggingSettings(every=20),
+  )
+
+
+def coco() -> c.MaskGITTrainConfig:
+  """MaskGIT-S on COCO's captions, as U-ViT trains (arXiv 2209.12152): the paper's Table 5.
+
+  `docs/text_to_image.md` has the commands that make the tokens.
+  """
+  config = c.MaskGITTrainConfig(
+    data=c.TokenDataSettings(
+      tokenizer="runs/mar/tokenizer",
+      train="tokens/coco/train",
+      batch_size=256,
+      text_encoder="checkpoints/clip",
+    ),
+    model=SIZES["s"],
+    steps=1_000_000,
+    class_dropout=0.1,
+  )
+  return c.changed(config, optimizer__learning_rate=2e-4)
+
+
+def text_demo() -> c.MaskGITTrainConfig:
+  """A small model on 64x64 drawn shapes and their captions, for two cores.
+
+  `docs/text_to_image.md` has the commands that draw them and make the tokens.
+  """
+  return dataclasses.replace(
+    demo(),
+    data=c.TokenDataSettings(
+      tokenizer="runs/shapes_tokenizer/tokenizer",
+      train="tokens/shapes/train",
+      eval="tokens/shapes/unseen",
+      batch_size=16,
+      text_encoder="demo/text_encoder",
+    ),
+    class_dropout=0.1,
   )

@@ -36,6 +36,17 @@ def test_every_kind_has_a_card():
   )
 
 
+def test_a_generator_of_texts():
+  model = {"width": 8, "depth": 2, "heads": 2, "num_classes": 0}
+  config = {"fingerprint": "x", "tokenizer_fingerprint": "y", "text_encoder_fingerprint": "z"}
+  config["maskgit"] = model | {"text": {"tokens": 77, "width": 768}}
+  found = cards.card("generator", config, 3, {})
+  assert "| texts | 77 vectors of 768 numbers stand for a prompt |" in found
+  assert "| text encoder | `z`, in `text_encoder/` or apart |" in found and "classes" not in found
+  config["maskgit"] = model | {"num_classes": 7, "text": None}
+  assert "| classes | 7 |" in cards.card("generator", config, 3, {})
+
+
 def test_a_card_of_ones_own_is_not_lost(tmp_path):
   weights.save_tokenizer(tiny.tokenizer(), tmp_path / "t")
   weights.save_tokenizer(tiny.tokenizer(seed=1), tmp_path / "t")  # replaces what it wrote

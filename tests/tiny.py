@@ -1,5 +1,6 @@
 """Small models that the tests share. Built once per process: initialisation compiles per shape."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from coda_jax import weights
+from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -19,6 +21,7 @@ VAE = VAEConfig(
 LORA = LoRAConfig(rank=4, name_parts=("conv1", "conv2", "upsample", "downsample"))
 QUANTIZER = QuantizerConfig(codebook_size=64, patch_sizes=(1, 2, 3, 8), chunk_size=32)
 TOKENIZER = TokenizerConfig(VAE, QUANTIZER, LORA, image_size=16)
+TEXT = CLIPTextConfig(context=8, width=16, layers=1, heads=2, hidden=16)
 
 
 def random_params(make, seed: int = 0) -> dict[str, np.ndarray]:
@@ -62,3 +65,11 @@ decode = nnx.jit(lambda vae, z: vae.decode(z))
 tokens = nnx.jit(lambda tok, x: tok.encode(x))
 pixels = nnx.jit(lambda tok, ids, size: tok.decode(ids, size), static_argnums=2)
 quantize = nnx.jit(lambda quantizer, x: quantizer(x))
+
+
+def save_text_encoder(path, seed: int = 0):
+  """Saves a text encoder with random weights: 8 vectors of 16 numbers; returns `path`."""
+  params = random_params(lambda: CLIPText(TEXT, rngs=nnx.Rngs(0)), seed)
+  params["token_embedding"] *= 100  # or texts would hardly differ
+  weights.write_directory(path, "clip-text", {"clip_text": dataclasses.asdict(TEXT)}, params)
+  return path

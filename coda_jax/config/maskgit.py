@@ -20,7 +20,7 @@ from coda_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class MaskGITSettings:
-  """A generator; classes, levels and codes are those of the tokens.
+  """A generator; classes or texts, levels and codes are those of the tokens.
 
   Attributes:
     width, depth, heads, mlp_ratio, embedding, attention: see `models.maskgit.MaskGITConfig`.
@@ -46,6 +46,9 @@ class TokenDataSettings:
     eval: held-out tokens; empty goes without evaluation.
     batch_size: images of one update over all devices.
     accumulation: micro-batches that an update is split into.
+    text_encoder: directory that `python -m convert clip-text` wrote, of tokens with texts. Captions
+      need it: the update runs it. Of embeddings it may be empty. What is named is copied into the
+      generator.
   """
 
   tokenizer: str
@@ -53,6 +56,7 @@ class TokenDataSettings:
   eval: str = ""
   batch_size: int = 2048
   accumulation: int = 1
+  text_encoder: str = ""
 
   def __post_init__(self):
     check_batch_size(self.batch_size, self.accumulation)
@@ -88,11 +92,12 @@ class MaskGITTrainConfig:
 
   Attributes:
     kind: "maskgit", by which `coda_jax.train` chooses the trainer.
-    seed: decides initial weights, data order, masks and dropped classes.
+    seed: decides initial weights, data order, masks, captions and what is dropped.
     dtype: of the transformer's computation; weights, norms, logits and losses are float32 always.
     remat: the backward pass computes the inside of each block again: less memory, a third more
       work.
-    class_dropout: part of the images whose class is replaced by the null class.
+    class_dropout: part of the images whose class or text is replaced by the null class or the
+      empty text.
   """
 
   data: TokenDataSettings
@@ -122,6 +127,7 @@ class MaskGITTrainConfig:
     rules=(
       (r"\.kernel$", ("", "fsdp")),
       (r"^embedding\.(codes|embedding)$", ("model", "")),
+      (r"^token_embedding$", ("", "fsdp")),
       (r"^bias$", ("model",)),
     )
   )

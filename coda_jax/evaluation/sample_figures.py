@@ -1,4 +1,4 @@
-"""Pictures of samples: a grid of classes, and a filmstrip of the steps."""
+"""Pictures of samples: a grid of classes or prompts, and a filmstrip of the steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -29,8 +29,8 @@ def sample_grid(
 
   Args:
     shown: samples by index, those of `grid_indices`.
-    labels: the class of every sample.
-    per_class: samples of each class.
+    labels: the class or prompt of every sample.
+    per_class: samples of each.
   """
   order = sorted(shown)
   columns = min(per_class if per_class > 1 else len(order), _GRID_COLUMNS)
@@ -43,26 +43,27 @@ def sample_grid(
 
 def filmstrip(
   generator: Generator,
-  classes: Sequence[int | None],
+  wanted: Sequence[int | str | None],
   labels: Sequence[str],
   settings: SamplerSettings,
   key: PRNGKeyArray,
+  negative: str | None = None,
 ) -> Image.Image:
   """Rows of samples, columns of steps; tokens that are still masked add nothing to their level.
 
   Args:
-    classes, labels: of every sample; the samples shown are spread over them.
-    settings, key: those of the samples.
+    wanted, labels: class or prompt of every sample, and its name; the samples shown are spread
+      over them.
+    settings, key, negative: those of the samples.
   """
-  apart = max(1, len(classes) // _FILMSTRIP_ROWS)
-  rows = list(range(0, len(classes), apart))[:_FILMSTRIP_ROWS]
+  apart = max(1, len(wanted) // _FILMSTRIP_ROWS)
+  rows = list(range(0, len(wanted), apart))[:_FILMSTRIP_ROWS]
   n = settings.steps
   kept = sorted({round(x) for x in np.linspace(0, n - 1, min(n, _FILMSTRIP_STEPS))})
   images = []
   for row in rows:  # one at a time: their global indices are no range
-    found = generator.sample(
-      generator.masked(1), [classes[row]], settings, key, first=row, keep_steps=True
-    ).history
+    how = {"negative": negative, "first": row, "keep_steps": True}
+    found = generator.sample(generator.masked(1), [wanted[row]], settings, key, **how).history
     assert found is not None, "keep_steps asks for the history"
     made = [np.asarray(generator.decode(found[k]))[0] for k in kept]
     images.append([to_uint8(x, "nearest") for x in made])

@@ -1,8 +1,7 @@
-"""Images from classes: a MaskGIT and its tokenizer."""
+"""Images from classes or texts: a MaskGIT and its tokenizer."""
 
 import dataclasses
 import functools
-import operator
 import os
 from collections.abc import Sequence
 from typing import TypeVar
@@ -13,15 +12,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from coda_jax import arrays, sharding, storage, weights
+from coda_jax import arrays, sharding, storage, text, weights
 from coda_jax.errors import UserError
 from coda_jax.generation import editing, sampler
+from coda_jax.generation.conditions import Classes, Prompts, Wanted
 from coda_jax.generation.sampler import Sampled, SamplerSettings
 from coda_jax.models.inputs import check_ids, check_images
 from coda_jax.models.maskgit import MaskGIT
 from coda_jax.models.tokenizer import Tokenizer
-
-Classes = Sequence[int | str | None] | Int[np.ndarray, "b"]
+from coda_jax.text import TextEncoder
 
 
 def decode(tokenizer: Tokenizer, ids):
@@ -43,7 +42,7 @@ _decode_ids, _encode_images = arrays.jit_module(decode), arrays.jit_module(_enco
 
 
 class Generator:
-  """Generates and edits images of a MaskGIT's classes.
+  """Generates and edits images of a MaskGIT's classes, or of texts.
 
   A batch is split over the local devices if they divide it. The i-th image of a call has the global
   index `first + i`, which with the key decides its random numbers.
@@ -52,9 +51,11 @@ class Generator:
     config: the MaskGIT's.
     class_names: may be empty.
     order: how samples are drawn unless a call says otherwise: as training masked them.
+    conditions: what it can be asked for: `Classes` or `Prompts`.
 
   Raises:
-    UserError: levels or codes of the two models differ.
+    UserError: levels or codes of the two models differ, or the text encoder is missing or has
+      another shape than the model was trained with.
   """
 
   def __init__(
@@ -63,12 +64,19 @@ class Generator:
     tokenizer: Tokenizer,
     class_names: Sequence[str] = (),
     order: str = "uniform",
+    text_encoder: TextEncoder | None = None,
   ):
     q = tokenizer.config.quantizer
     theirs = {"patch_sizes": q.patch_sizes, "codebook_size": q.codebook_size}
     weights.check_tokens_fit(model.config, theirs, "the generator", "its tokenizer")
     self.config, self.tokenizer_config = model.config, tokenizer.config
     self.class_names, self.order = tuple(class_names), order
+    self.conditions = Classes(model.config, self.class_names)
+    if shape := model.config.text:
+      wanted, e = (shape.tokens, shape.width), text_encoder
+      if e is None or (e.tokens, e.width) != wanted:
+        raise UserError(f"the generator needs a text encoder of {wanted[0]} x {wanted[1]} numbers")
+      self.conditions = Prompts(e)
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -86,64 +94,61 @@ class Generator:
     """Side of the images in pixels."""
     return self.tokenizer_config.image_size
 
-  def class_ids(self, classes: Classes) -> Int[np.ndarray, "b"]:
-    """Numbers of classes given by number or name; None is the null class.
+  def label(self, wanted: int | str | None) -> str:
+    """The name of a class, or its number if it has none, or a text; "null" for none."""
+    return self.conditions.label(wanted)
 
-    Raises:
-      UserError: one of them is out of range or unknown.
-    """
-    if isinstance(classes, (str, int)) or classes is None:
-      raise UserError(f"classes is {classes!r}; give a list with a class for each image")
-    return np.array([self._class_id(c) for c in classes], np.int32)
-
-  def _class_id(self, c) -> int:
-    if c is None:
-      return self.config.null_class
-    if isinstance(c, str) and c in self.class_names:
-      return self.class_names.index(c)
-    try:
-      number = int(c) if isinstance(c, str) else operator.index(c)
-    except (TypeError, ValueError):
-      raise UserError(self.unknown_class(c)) from None
-    if not 0 <= number < self.config.num_classes:
-      raise UserError(
-        f"class {number} is out of range: the generator has classes 0 to "
-        f"{self.config.num_classes - 1}"
-      )
-    return number
-
-  def unknown_class(self, c: object) -> str:
-    """What to tell about a class that is no name."""
-    names = ", ".join(self.class_names[:10]) or "none"
-    more = ", ..." if len(self.class_names) > 10 else ""
-    return f"no class {c!r}; the generator's names are: {names}{more}"
-
-  def label(self, c: int | None) -> str:
-    """The name of a class, or its number if it has none; "null" for no class."""
-    if c is None:
-      return "null"
-    return self.class_names[c] if c < len(self.class_names) else str(c)
+  def asked(self, classes: Wanted | None, prompts: Wanted | None) -> Wanted:
+    """What a call asks for. Raises UserError if the generator has the other of the two."""
+    given = {"classes": classes, "prompts": prompts}
+    wanted = given.pop(self.conditions.keyword)
+    (other,) = given
+    if given[other] is not None:
+      has = "texts, no classes" if other == "classes" else "classes, no texts"
+      raise UserError(f"the generator was trained on {has}: give {self.conditions.keyword}")
+    if wanted is None or isinstance(wanted, (str, int)):
+      name = self.conditions.keyword
+      raise UserError(f"{name} is {wanted!r}; give a list with one for each image")
+    return wanted
 
   def sample(
     self,
     ids: Int[np.ndarray, "b n"],
-    classes: Classes,
+    wanted: Wanted,
     settings: SamplerSettings,
     key: PRNGKeyArray,
     *,
+    negative: str | Wanted | None = None,
     first: int = 0,
     keep_steps: bool = False,
   ) -> Sampled:
-    """Replaces the masked ids (`config.mask_id`); see `sampler.sample`."""
-    condition, index = self.class_ids(classes), first + np.arange(len(ids))
+    """Replaces the masked ids (`config.mask_id`); see `sampler.sample`.
+
+    Args:
+      wanted: classes or prompts.
+      negative: prompts, or one for all, that guidance leads away from instead of the empty one.
+    """
+    condition, index = self.conditions(wanted), first + np.arange(len(ids))
+    away = None if negative is None else self._negative(negative, len(ids), settings)
     return self._sample(
       sharding.over_local_devices(np.asarray(ids, np.int32)),
       sharding.over_local_devices(condition),
       key,
       settings,
+      negative=None if away is None else sharding.over_local_devices(away),
       index=index,
       keep_steps=keep_steps,
     )
+
+  def _negative(self, negative: str | Wanted, count: int, settings: SamplerSettings):
+    if not isinstance(self.conditions, Prompts):
+      raise UserError("negative prompts are of a generator that was trained on texts")
+    if not settings.guidance:
+      raise UserError("negative prompts do nothing without guidance: set it above 0")
+    prompts = [negative] * count if isinstance(negative, str) else negative
+    if len(prompts) != count:
+      raise UserError(f"{len(prompts)} negative prompts for {count} images; give one, or one each")
+    return self.conditions(prompts)
 
   def masked(self, count: int) -> Int[np.ndarray, "{count} n"]:
     """Ids of images of which nothing is known."""
@@ -167,43 +172,51 @@ class Generator:
 
   def generate(
     self,
-    classes: Classes,
+    classes: Wanted | None = None,
     steps: int = 8,
     key: PRNGKeyArray | None = None,
     *,
+    prompts: Wanted | None = None,
+    negative_prompts: str | Wanted | None = None,
     first: int = 0,
     **settings,
   ) -> Float[Array, "b h w 3"]:
-    """One image of each class, about [-1, 1].
+    """One image of each class or prompt, about [-1, 1].
 
     Args:
-      classes: numbers, names or None (no class).
+      classes: numbers, names or None (no class), of a generator with classes.
+      prompts: texts, of a generator of texts; what is longer than its encoder takes is cut.
+      negative_prompts: texts, or one for all images, that guidance leads away from; by default the
+        empty one.
       steps: runs of the transformer.
       key: of the random numbers; `jax.random.key(0)` by default.
       first: global index of the first image.
       settings: others of `SamplerSettings`.
 
     Raises:
-      UserError: an unknown class, more steps than tokens, or a bad setting.
+      UserError: an unknown class, prompts for a generator with classes or the reverse, more steps
+        than tokens, or a bad setting.
     """
-    settings = self._settings(steps, settings)
-    ids = self.masked(len(classes))
-    return self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
+    wanted, settings = self.asked(classes, prompts), self._settings(steps, settings)
+    ids, how = self.masked(len(wanted)), {"negative": negative_prompts, "first": first}
+    return self.decode(self.sample(ids, wanted, settings, _key(key), **how).ids)
 
   def inpaint(
     self,
     images: Float[Array | np.ndarray, "b h w 3"],
     mask: Bool[np.ndarray, "h w"],
-    classes: Classes,
+    classes: Wanted | None = None,
     steps: int = 8,
     key: PRNGKeyArray | None = None,
     *,
+    prompts: Wanted | None = None,
+    negative_prompts: str | Wanted | None = None,
     least: float = 0.0,
     paste: bool = True,
     first: int = 0,
     **settings,
   ) -> Float[Array | np.ndarray, "b h w 3"]:
-    """Images with the pixels of the mask made anew, as of the classes; also outpainting.
+    """Images with the pixels of the mask made anew, of classes or prompts; also outpainting.
 
     Args:
       images: in [-1, 1], of the training size; inside of the mask they do not matter but for the
@@ -214,25 +227,28 @@ class Generator:
       Others as for `generate`.
     """
     self._check_images(images)
-    settings, mask = self._settings(steps, settings), np.asarray(mask, bool)
-    stride = self.image_size // self.config.patch_sizes[-1]
+    wanted, settings = self.asked(classes, prompts), self._settings(steps, settings)
+    mask, stride = np.asarray(mask, bool), self.image_size // self.config.patch_sizes[-1]
     touched = editing.touched_tokens(mask, self.config.patch_sizes, stride, least)
     ids = np.where(touched, self.config.mask_id, np.asarray(self.encode(images)))
-    made = self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
+    how = {"negative": negative_prompts, "first": first}
+    made = self.decode(self.sample(ids, wanted, settings, _key(key), **how).ids)
     return editing.paste(np.asarray(images), np.asarray(made), mask) if paste else made
 
   def change_class(
     self,
     images: Float[Array | np.ndarray, "b h w 3"],
-    classes: Classes,
+    classes: Wanted | None = None,
     steps: int = 8,
     key: PRNGKeyArray | None = None,
     *,
+    prompts: Wanted | None = None,
+    negative_prompts: str | Wanted | None = None,
     keep_levels: int = 1,
     first: int = 0,
     **settings,
   ) -> Float[Array, "b h w 3"]:
-    """Images remade as of other classes: tokens of the first `keep_levels` levels stay.
+    """Images remade of other classes or prompts: tokens of the first `keep_levels` levels stay.
 
     To change an object in its place and nothing else, `inpaint` its box with another class.
 
@@ -244,10 +260,11 @@ class Generator:
         f"keep_levels is {keep_levels}; the generator has {len(self.config.patch_sizes)} levels"
       )
     self._check_images(images)
-    settings = self._settings(steps, settings)
+    wanted, settings = self.asked(classes, prompts), self._settings(steps, settings)
     change = self.config.levels >= keep_levels
     ids = np.where(change, self.config.mask_id, np.asarray(self.encode(images)))
-    return self.decode(self.sample(ids, classes, settings, _key(key), first=first).ids)
+    how = {"negative": negative_prompts, "first": first}
+    return self.decode(self.sample(ids, wanted, settings, _key(key), **how).ids)
 
   def _settings(self, steps: int, others: dict) -> SamplerSettings:
     return dataclasses.replace(SamplerSettings(steps=steps, order=self.order), **others)
@@ -269,17 +286,42 @@ G = TypeVar("G", bound=Generator)
 
 
 def load_generator(
-  path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, cls: type[G] = Generator
+  path: str | os.PathLike,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  cls: type[G] = Generator,
+  text_encoder: str | os.PathLike | None = None,
 ) -> G:
   """The generator that training wrote to `path`, with the tokenizer in it.
 
   Args:
     dtype: of the computation.
     cls: what it becomes.
+    text_encoder: directory of the text encoder, of a generator of texts that does not hold it.
 
   Raises:
     UserError: missing, damaged or foreign files, or models that do not fit each other.
   """
   model, fields = weights.load_generator_weights(path, dtype=dtype)
+  encoder = _text_encoder(path, fields.get("text_encoder_fingerprint"), dtype, text_encoder)
   tokenizer = weights.load_tokenizer(storage.path(path) / "tokenizer", dtype=dtype)
-  return cls(model, tokenizer, fields["class_names"], fields.get("order", "uniform"))
+  return cls(model, tokenizer, fields["class_names"], fields.get("order", "uniform"), encoder)
+
+
+def _text_encoder(path, wanted: str | None, dtype, given) -> TextEncoder | None:
+  """The text encoder of a generator: the one that is given, or the one in it."""
+  if wanted is None:
+    if given is not None:
+      raise UserError(f"{path} was trained on classes: it needs no text encoder {given}")
+    return None
+  where = storage.path(path) / "text_encoder" if given is None else given
+  if given is None and not (where / "config.json").is_file():
+    raise UserError(
+      f"{path} does not hold its text encoder, {wanted[:12]}; name its directory: "
+      "--text-encoder DIR, text_encoder= in Python"
+    )
+  encoder = text.load_text_encoder(where, dtype=dtype)
+  if encoder.fingerprint != wanted:
+    found = encoder.fingerprint[:12]
+    raise UserError(f"{where} is text encoder {found}, but {path} was trained with {wanted[:12]}")
+  return encoder

@@ -1,27 +1,47 @@
-"""Options of commands that sample from a generator: classes and the sampler's settings."""
+"""Options of commands that sample from a generator: classes or prompts, and the sampler's."""
 
 import argparse
 import dataclasses
+import hashlib
+import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
-from coda_jax import cli
+from coda_jax import cli, storage
 from coda_jax.errors import UserError
 from coda_jax.generation import masking, sampler
+from coda_jax.generation.conditions import Classes, Wanted
 from coda_jax.generation.generator import Generator
 from coda_jax.generation.sampler import SamplerSettings
 
 
-def add_classes(p) -> None:
-  """Adds `--classes` and `--count`."""
+def add_wanted(p) -> None:
+  """Adds `--classes`, the options of prompts, and `--count`."""
   p.add_argument(
     "--classes",
-    default="all",
     metavar="A,B",
     help='numbers or names, quoted where they hold commas or look like numbers: 0,cat,"a, b"; '
     "null is none of them (default: all)",
   )
   p.add_argument(
-    "--count", type=cli.integer(1, 10**7), default=4, metavar="N", help="images of each class (4)"
+    "--prompt",
+    action="append",
+    metavar="TEXT",
+    help="of a generator of texts; repeatable",
+  )
+  p.add_argument("--prompts", metavar="FILE", type=cli.path, help="a prompt a line")
+  p.add_argument(
+    "--negative-prompt", metavar="TEXT", help="what guidance leads away from (the empty text)"
+  )
+  p.add_argument(
+    "--text-encoder", metavar="DIR", type=cli.path, help="of a generator that does not hold its own"
+  )
+  p.add_argument(
+    "--count",
+    type=cli.integer(1, 10**7),
+    metavar="N",
+    help="images of each class or prompt (4; of --prompts 1)",
   )
 
 
@@ -56,15 +76,80 @@ def settings_of(args: argparse.Namespace) -> SamplerSettings:
   return SamplerSettings(**{k: v for k, v in given.items() if v is not None})
 
 
-def parse_classes(text: str, generator: Generator) -> list[int | None]:
+def check_wanted(args: argparse.Namespace) -> None:
+  """Raises UsageError for options of classes and of prompts at once; sets the default `--count`."""
+  if sum(x is not None for x in (args.classes, args.prompt, args.prompts)) > 1:
+    raise cli.UsageError("--classes, --prompt and --prompts: one of the three says what to make")
+  if args.count is None:
+    args.count = 1 if args.prompts else 4
+
+
+def wanted_of(args: argparse.Namespace, generator: Generator) -> list[int | str | None]:
+  """The classes or prompts that the options ask for, each once.
+
+  Raises:
+    UserError: the generator has the other of the two, or no such class, or the file of prompts
+      cannot be read.
+  """
+  texts = args.prompt or args.prompts or args.negative_prompt is not None
+  if isinstance(generator.conditions, Classes):
+    if texts:
+      raise UserError("the generator was trained on classes, not on texts: --classes says which")
+    args.classes = "all" if args.classes is None else args.classes
+    return list(parse_classes(args.classes, generator.conditions, generator.config.num_classes))
+  if args.classes is not None:
+    raise UserError(
+      "the generator was trained on texts, not on classes: --prompt TEXT or --prompts FILE"
+    )
+  if args.negative_prompt is not None and not args.guidance:
+    raise UserError("--negative-prompt does nothing with --guidance 0: set it above 0")
+  if args.prompts:
+    return list(read_prompts(args.prompts))
+  if not args.prompt:
+    raise UserError("the generator was trained on texts: --prompt TEXT or --prompts FILE")
+  return list(args.prompt)
+
+
+def read_prompts(path: storage.Path) -> list[str]:
+  """The lines of a file that are not empty. Raises UserError if it cannot be read or has none."""
+  try:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+  except UnicodeDecodeError as e:
+    raise UserError(f"{path} is no UTF-8 text: {e}") from e
+  prompts = [line for line in lines if line]
+  if not prompts:
+    raise UserError(f"{path} holds no prompts; write one a line")
+  return prompts
+
+
+def asked_for(generator: Generator, wanted: Wanted, negative: str | None = None) -> dict[str, Any]:
+  """The arguments of `Generator.generate` that name what is wanted."""
+  away = {} if negative is None else {"negative_prompts": negative}
+  return {generator.conditions.keyword: wanted, **away}
+
+
+def described(
+  args: argparse.Namespace, generator: Generator, wanted: Sequence[int | str | None]
+) -> dict[str, Any]:
+  """What records say of what was asked for."""
+  if isinstance(generator.conditions, Classes):
+    return {"classes": args.classes}
+  return {
+    "prompts": os.fspath(args.prompts) if args.prompts else list(wanted),
+    "prompts_sha256": hashlib.sha256("\n".join(map(str, wanted)).encode()).hexdigest(),
+    "negative_prompt": args.negative_prompt,
+  }
+
+
+def parse_classes(text: str, classes: Classes, count: int) -> list[int | None]:
   """The classes of `--classes`. Raises UserError for one that the generator does not have."""
   if text == "all":
-    return list(range(generator.config.num_classes)) or [None]
+    return list(range(count)) or [None]
   words = class_words(text)
-  unknown = [w for w in words if isinstance(w, str) and w not in generator.class_names]
+  unknown = [w for w in words if isinstance(w, str) and not classes.has(w)]
   if unknown:
-    raise UserError(generator.unknown_class(unknown[0]))
-  ids = generator.class_ids(words)
+    raise UserError(classes.unknown(unknown[0]))
+  ids = classes(words)
   return [None if word is None else int(c) for word, c in zip(words, ids, strict=True)]
 
 

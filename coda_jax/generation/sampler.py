@@ -3,7 +3,7 @@ r"""Samples the masked tokens of images with a MaskGIT, in few steps (arXiv 2202
 Every step runs the transformer on all tokens, draws a code for each masked one, and keeps those
 that it is surest of. With w the step's guidance, u_n uniform and g_n Gumbel noise:
 
-  s = logits(class) + w (logits(class) − logits(null))
+  s = logits(condition) + w (logits(condition) − logits(null))
   code_n by the inverse of the cumulative softmax(s_n / temperature), after top-k and top-p, at u_n
   confidence_n = log softmax(s_n)[code_n] + choice_temperature · (1 − progress) · g_n
 
@@ -59,7 +59,7 @@ class SamplerSettings:
     choice_temperature: of the noise on the confidence; it falls to 0 with the last step.
     top_k: draw from the k likeliest codes (and those as likely as the last of them).
     top_p: draw from the likeliest codes that together have this probability.
-    guidance: w above; 0 is without, and needs no run of the null class.
+    guidance: w above; 0 is without, and needs no run of the null condition.
     guidance_ramp: w grows over the steps from 0 to `guidance` ("linear", "cosine") or is
       "constant".
   """
@@ -158,10 +158,11 @@ def form_of(
 def sample(
   model: MaskGIT,
   ids: Int[Array | np.ndarray, "b n"],
-  condition: Int[Array | np.ndarray, "b"],
+  condition: Array | np.ndarray,
   key: PRNGKeyArray,
   settings: SamplerSettings,
   *,
+  negative: Array | np.ndarray | None = None,
   index: Int[np.ndarray, "b"] | None = None,
   keep_steps: bool = False,
   chunk_size: int | None = None,
@@ -173,7 +174,9 @@ def sample(
 
   Args:
     ids: codes; `model.config.mask_id` where one is to be sampled.
-    condition: classes; `model.config.null_class` for none.
+    condition: what `model.condition` takes: classes, `model.config.null_class` for none, or
+      embeddings of texts [B, T, D].
+    negative: stands in the place of the null condition, for each image.
     index: the global index of each image, which with `key` decides its random numbers; 0 to B − 1
       by default.
     keep_steps: return the ids after each step too.
@@ -182,9 +185,8 @@ def sample(
   Raises:
     UserError: more steps than tokens.
   """
-  return bind(model)(
-    ids, condition, key, settings, index=index, keep_steps=keep_steps, chunk_size=chunk_size
-  )
+  how = {"index": index, "keep_steps": keep_steps, "chunk_size": chunk_size}
+  return bind(model)(ids, condition, key, settings, negative=negative, **how)
 
 
 def bind(model: MaskGIT, devices: int = 1) -> Callable[..., Sampled]:
@@ -195,13 +197,14 @@ def bind(model: MaskGIT, devices: int = 1) -> Callable[..., Sampled]:
   """
   config, run = model.config, _compiled(model)
 
-  def bound(ids, condition, key, settings, *, index=None, keep_steps=False, chunk_size=None):
+  def bound(ids, condition, key, settings, *, negative=None, index=None, **how):
     settings.check(config.tokens)
-    form = form_of(settings, config, len(ids), devices, keep_steps, chunk_size)
+    form = form_of(settings, config, len(ids), devices, **how)
     masked = np.sum(np.asarray(ids) == config.mask_id, 1)
     return run(
       jnp.asarray(ids, jnp.int32),
-      jnp.asarray(condition, jnp.int32),
+      jnp.asarray(condition),
+      None if negative is None else jnp.asarray(negative),
       jnp.asarray(np.arange(len(ids)) if index is None else index, jnp.uint32),
       key,
       settings.per_step(masked),
@@ -214,7 +217,8 @@ def bind(model: MaskGIT, devices: int = 1) -> Callable[..., Sampled]:
 def loop(
   model: MaskGIT,
   ids: Int[Array, "b n"],
-  condition: Int[Array, "b"],
+  condition: Array,
+  negative: Array | None,
   index: Integer[Array, "b"],
   key: PRNGKeyArray,
   steps: Steps,
@@ -226,17 +230,19 @@ def loop(
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
   levels = jnp.asarray(config.levels)
   last = jnp.int32(len(config.patch_sizes))
+  if form.guided:
+    null = model.condition.null(condition) if negative is None else negative
+    condition = jnp.stack([condition, null], 1).reshape(-1, *condition.shape[1:])
 
   def run(ids, guidance):
     if not form.guided:
       return model(ids, condition)
     # Neighbours, not halves: on many devices each has both runs of its images.
     twice = jnp.stack([ids, ids], 1).reshape(-1, ids.shape[1])
-    null = jnp.full_like(condition, config.null_class)
-    both = model(twice, jnp.stack([condition, null], 1).reshape(-1))
-    with_class, without = jnp.moveaxis(both.reshape(len(ids), 2, *both.shape[1:]), 1, 0)
+    both = model(twice, condition)
+    wanted, without = jnp.moveaxis(both.reshape(len(ids), 2, *both.shape[1:]), 1, 0)
     # Logits are linear in the hidden states: guide these and make logits once.
-    guided = with_class + guidance * (with_class - without).astype(jnp.float32)
+    guided = wanted + guidance * (wanted - without).astype(jnp.float32)
     return guided.astype(both.dtype)
 
   def draw(x, hidden, uniform, level):

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
+from coda_jax.models.conditions import ClassCondition, TextCondition, TextShape
 from coda_jax.ops.attention import IMPLEMENTATIONS, attention
 
 _EMBEDDINGS = ("codes", "table")
@@ -27,7 +28,7 @@ class MaskGITConfig:
 
   Attributes:
     width, depth, heads: of the transformer; `depth` blocks, an even number, and one in the middle.
-    num_classes: classes; one more, the null class, stands for none.
+    num_classes: classes; one more, the null class, stands for none. 0 for a model of texts.
     patch_sizes: side of each level's token grid, coarse to fine: the tokenizer's.
     codebook_size: codes V of the tokenizer.
     code_dim: channels of a code's value.
@@ -37,6 +38,7 @@ class MaskGITConfig:
     attention: "cudnn", "xla", "per_head" or None; see `ops.attention`.
     level_codes: codes of each level, if every level has its own, one after the other; () if all
       levels share codes.
+    text: shape of a text's embedding, for a model of texts.
   """
 
   width: int
@@ -50,6 +52,7 @@ class MaskGITConfig:
   mlp_ratio: float = 4.0
   attention: str | None = None
   level_codes: tuple[int, ...] = ()
+  text: TextShape | None = None
 
   def __post_init__(self):
     if self.depth < 0 or self.depth % 2:
@@ -62,6 +65,8 @@ class MaskGITConfig:
       raise UserError(f"model.attention is {self.attention!r}; it is one of {IMPLEMENTATIONS}")
     if self.num_classes < 0 or self.codebook_size < 1 or not self.patch_sizes:
       raise UserError("model: num_classes, codebook_size and patch_sizes must be those of tokens")
+    if self.text and self.num_classes:
+      raise UserError(f"model: {self.num_classes} classes and texts; a model has one of the two")
 
   @property
   def tokens(self) -> int:
@@ -133,16 +138,6 @@ class Block(nnx.Module):
     y = attention(q, k, v, self.config.attention)
     x = x + self.proj(y.reshape(b, t, width))
     return x + self.fc2(nnx.gelu(self.fc1(self.norm2(x))))
-
-
-class ClassCondition(nnx.Module):
-  """Class ids to the sequence that stands in front of the tokens: here of one vector."""
-
-  def __init__(self, classes: int, width: int, rngs: nnx.Rngs):
-    self.embedding = nnx.Param(_normal(rngs.params(), (classes, width)))
-
-  def __call__(self, condition: Int[Array, "b"]) -> Float[Array, "b t c"]:
-    return self.embedding[...][condition][:, None]
 
 
 class CodeEmbedding(nnx.Module):
@@ -228,7 +223,10 @@ class MaskGIT(nnx.Module):
       self.embedding = CodeEmbedding(config, dtype, rngs, codes)
     else:
       self.embedding = TableEmbedding(config, dtype, rngs)
-    self.condition = ClassCondition(config.num_classes + 1, width, rngs)
+    if config.text:
+      self.condition = TextCondition(config.text, width, dtype, rngs)
+    else:
+      self.condition = ClassCondition(config.num_classes + 1, width, rngs)
     self.positions = nnx.List(
       [nnx.Param(_normal(rngs.params(), (p, p, width))) for p in config.patch_sizes]
     )
@@ -255,12 +253,15 @@ class MaskGIT(nnx.Module):
     if isinstance(self.embedding, CodeEmbedding):
       self.embedding.codes[...] = jnp.asarray(values, jnp.float32)
 
-  def __call__(self, ids: Int[Array, "b n"], condition: Int[Array, "b"]) -> Float[Array, "b n d"]:
+  def __call__(
+    self, ids: Int[Array, "b n"], condition: Int[Array, "b"] | Float[Array, "b t e"]
+  ) -> Float[Array, "b n d"]:
     """Hidden states, of which `logits` makes logits.
 
     Args:
       ids: codes of all levels; `config.mask_id` where a token is masked.
-      condition: classes; `config.null_class` for none.
+      condition: what `self.condition` takes: classes, `config.null_class` for none, or embeddings
+        of texts.
     """
     grids = [p[...].reshape(-1, self.config.width) for p in self.positions]
     position = jnp.concatenate(grids) + self.level[...][self.config.levels]

@@ -17,6 +17,7 @@ from coda_jax import config as c
 from coda_jax import storage, weights
 from coda_jax.data import records, tokens
 from coda_jax.errors import UserError
+from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -130,17 +131,31 @@ def _for_generator(
     where = _write(folder / "tokenizer", "tokenizer", dataclasses.asdict(made), make)
   fields, path = weights.read_config(where, "tokenizer"), storage.path(data.train)
   if (path / tokens.MANIFEST).is_file():
-    names = tokens.read_manifest(path)["class_names"]
+    manifest = tokens.read_manifest(path)
+    names, text = manifest["class_names"], manifest.get("text")
   else:
-    names = [str(i) for i in range(settings.model.num_classes or _CLASSES)]
-  _write_tokens(folder / "tokens", fields, names)
+    text = {"kind": "captions"} if data.text_encoder else None
+    names = [] if text else [str(i) for i in range(settings.model.num_classes or _CLASSES)]
+  encoder = data.text_encoder
+  if text and encoder and not _is_there(encoder):
+    captions, make = (
+      text["kind"] == "captions",
+      lambda: CLIPText(CLIPTextConfig(), rngs=nnx.Rngs(0)),
+    )
+    shape = {"clip_text": dataclasses.asdict(CLIPTextConfig())}  # of ViT-L/14
+    encoder = _write(folder / "text", "clip-text", shape, make) if captions else ""
+  write_tokens(folder / "tokens", fields, names, text)
   where_tokens = str(folder / "tokens")
-  data = dataclasses.replace(data, tokenizer=where, train=where_tokens, eval=where_tokens)
+  data = dataclasses.replace(
+    data, tokenizer=where, train=where_tokens, eval=where_tokens, text_encoder=encoder
+  )
   return dataclasses.replace(settings, data=data)
 
 
-def _write_tokens(path: pathlib.Path, fields: Mapping, class_names: list[str]) -> None:
-  """Tokens of one image, of the tokenizer with these fields."""
+def write_tokens(
+  path: pathlib.Path, fields: Mapping, class_names: list[str], text: Mapping | None
+) -> None:
+  """Tokens of one image, of the tokenizer with these fields; `text` is that of a manifest."""
   q = fields["quantizer"]
   shard = {"file": "tokens-00000-of-00001.array_record", "images": 1}
   manifest = {
@@ -153,6 +168,13 @@ def _write_tokens(path: pathlib.Path, fields: Mapping, class_names: list[str]) -
     "shards": [shard],
   }
   ids = np.zeros((1, sum(p * p for p in q["patch_sizes"])), tokens.id_type(q["codebook_size"]))
+  labels = np.zeros(1, np.int32)
   path.mkdir()
-  records.write(path / shard["file"], [tokens.pack(ids, np.zeros(1, np.int32))])
+  if text:
+    empty = np.zeros([text.get("tokens", 0), text.get("width", 0)], np.float16)
+    np.save(path / "empty.npy", empty)
+    records.write(path / tokens.text_file(shard["file"]), [empty.tobytes()])
+    manifest["text"], shard["captions"] = {**text, "empty": "empty.npy"}, 1
+    labels = np.array([[0, 0, 1]], np.int32)
+  records.write(path / shard["file"], [tokens.pack(ids, labels)])
   (path / tokens.MANIFEST).write_text(json.dumps(manifest))

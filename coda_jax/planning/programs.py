@@ -107,9 +107,20 @@ def _batch(trainer, micro_batches: int, size: int):
   if isinstance(trainer, MaskGITTrainer):
     m = trainer.model_config
     ids = one((*lead, m.tokens), tokens.id_type(m.codebook_size))
-    return {"ids": ids, "condition": one(lead, np.int32)}
+    shape, dtype = _condition(trainer)
+    return {"ids": ids, "condition": one((*lead, *shape), dtype)}
   side = trainer.config.tokenizer.image_size
   return one((*lead, side, side, 3), np.uint8)
+
+
+def _condition(trainer: MaskGITTrainer) -> tuple[tuple[int, ...], Any]:
+  """Shape and type of what a batch holds for each image: a class, or a text."""
+  text = trainer.conditions.text
+  if text is None:
+    return (), np.int32
+  if trainer.conditions.tokenize:
+    return (text.tokens,), np.int32
+  return (text.tokens, text.width), np.float16
 
 
 def _update(trainer) -> Program:
@@ -184,14 +195,18 @@ def _sample(trainer: MaskGITTrainer) -> Program:
   split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
   sharding.check_batch("config.eval.batch_size", size, mesh)
 
-  def sample(model_arrays, decoder_arrays, ids, classes, index, key, steps):
+  def sample(model_arrays, decoder_arrays, ids, condition, index, key, steps):
     key = jax.random.wrap_key_data(key)
     m = arrays.merge(model, model_arrays)
-    ids = sampler.loop(m, ids, classes, index, key, steps, form).ids
+    ids = sampler.loop(m, ids, condition, None, index, key, steps, form).ids
     return generator.decode(arrays.merge(decoder, decoder_arrays), ids)
 
   per_image = functools.partial(jax.ShapeDtypeStruct, sharding=split)
-  batch = per_image((size, config.tokens), np.int32), per_image((size,), np.int32)
+  text = config.text
+  condition = per_image((size,), np.int32)
+  if text:  # of generate, whose text encoder is a program of its own
+    condition = per_image((size, text.tokens, text.width), np.float32)
+  batch = per_image((size, config.tokens), np.int32), condition
   index = per_image((size,), np.uint32)
   held = jax.tree.map(lambda x: _shape(x, whole), (model_arrays, decoder_arrays))
   steps = jax.tree.map(lambda x: _shape(x, whole), steps)

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
@@ -30,6 +31,7 @@ class TextEncoder(Protocol):
     tokens, width: vectors of a text, and numbers of a vector.
     padding: what short texts are filled up with: "end" for the end token.
     fingerprint: of weights and settings; embeddings of another one are another language.
+    model: the module that makes vectors [B, tokens, width] of token ids, traceable.
   """
 
   kind: str
@@ -38,8 +40,15 @@ class TextEncoder(Protocol):
   padding: str
   fingerprint: str
 
+  @property
+  def model(self) -> nnx.Module: ...
+
   def tokenize(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], list[int]]:
     """(ids int32 [B, tokens] of the texts, the numbers of those that were cut)."""
+    ...
+
+  def ids(self, texts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+    """Token ids int32 [B, tokens]; what is longer is cut, with a warning the first time."""
     ...
 
   def embed(self, ids: Int[np.ndarray, "b n"]) -> Float[np.ndarray, "b n c"]:
@@ -69,11 +78,22 @@ class CLIPTextEncoder:
       raise UserError(f"{path} has {config.vocabulary} tokens; CLIP's tokenizer has {bpe.END + 1}")
     self.tokens, self.width = config.context, config.width
     self.fingerprint: str = fields["fingerprint"]
-    self._run = _run(model)
+    self.model, self._run, self._told = model, _run(model), False
 
   def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
     """See `TextEncoder`."""
     return bpe.encode(texts, context=self.tokens)
+
+  def ids(self, texts: Sequence[str]) -> np.ndarray:
+    """See `TextEncoder`."""
+    ids, cut = self.tokenize(texts)
+    if cut and not self._told:
+      log.warning(
+        "%d of %d texts are longer than %d tokens and are cut: %r",
+        *(len(cut), len(texts), self.tokens - 2, texts[cut[0]][:60]),
+      )
+      self._told = True
+    return ids
 
   def embed(self, ids: np.ndarray) -> np.ndarray:
     """See `TextEncoder`. All devices of this process share the work if they divide it."""
@@ -83,13 +103,7 @@ class CLIPTextEncoder:
 
   def encode(self, texts: Sequence[str]) -> np.ndarray:
     """Vectors float32 [B, tokens, width] of the texts; what is longer is cut, with one warning."""
-    ids, cut = self.tokenize(texts)
-    if cut:
-      log.warning(
-        "%d of %d texts are longer than %d tokens and are cut: %r",
-        *(len(cut), len(texts), self.tokens - 2, texts[cut[0]][:60]),
-      )
-    return self.embed(ids)
+    return self.embed(self.ids(texts))
 
 
 _run = arrays.jit_module(lambda model, ids: model(ids))

@@ -37,7 +37,7 @@ def draw_mask(
 def masked_loss(
   model: MaskGIT,
   ids: Integer[Array, "b n"],
-  labels: Int[Array, "b"],
+  condition: Int[Array, "b"] | Float[Array, "b t e"],
   key: PRNGKeyArray,
   masking: MaskingSettings,
   *,
@@ -51,10 +51,10 @@ def masked_loss(
 
   Args:
     ids: codes of all levels.
-    labels: classes; -1 for none.
-    key: of the mask and of the classes that are dropped.
+    condition: what `model.condition` takes: classes, -1 for none, or embeddings of texts.
+    key: of the mask and of the conditions that are dropped.
     label_smoothing: part of the target spread evenly over all codes.
-    class_dropout: part of the images whose class is replaced by the null class.
+    class_dropout: part of the images whose condition is replaced by the one that stands for none.
   """
   c = model.config
   sizes = np.array([p * p for p in c.patch_sizes], np.float32)
@@ -62,8 +62,8 @@ def masked_loss(
   mask_key, drop_key = jax.random.split(key)
   ids = ids.astype(jnp.int32)
   mask = draw_mask(mask_key, masking, c.levels, len(ids))
-  drop = jax.random.bernoulli(drop_key, class_dropout, labels.shape) | (labels < 0)
-  hidden = model(jnp.where(mask, c.mask_id, ids), jnp.where(drop, c.null_class, labels))
+  drop = jax.random.bernoulli(drop_key, class_dropout, (len(ids),))
+  hidden = model(jnp.where(mask, c.mask_id, ids), model.condition.drop(condition, drop))
   masked = mask.astype(jnp.float32)
   weight = masked * balance
   found = cross_entropy(

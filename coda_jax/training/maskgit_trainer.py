@@ -16,6 +16,7 @@ from coda_jax.data.inventory import Inventory, describe
 from coda_jax.errors import UserError
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training.accumulate import over_micro_batches
+from coda_jax.training.maskgit_conditions import conditions_of
 from coda_jax.training.maskgit_step import masked_loss
 from coda_jax.training.optimizers import averaged, descend, ema_decay, make_optimizer
 from coda_jax.training.trainer import Stream, Trainer
@@ -60,7 +61,7 @@ def _load_tokens(path: str, config: MaskGITTrainConfig, fields: dict) -> tokens.
 
 
 class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
-  """Trains a generator; see `Trainer`. The code values do not train.
+  """Trains a generator; see `Trainer`. Code values and text encoder do not train.
 
   Raises:
     UserError: the tokens or the tokenizer cannot be read, or do not fit the config or each other.
@@ -74,7 +75,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     fields = weights.read_config(config.data.tokenizer, "tokenizer")
     self.train_tokens = _load_tokens(config.data.train, config, fields)
     self.eval_tokens = _load_tokens(config.data.eval, config, fields) if config.data.eval else None
-    self.class_names = self.train_tokens.class_names
+    self.conditions = conditions_of(config, self.train_tokens, self.eval_tokens)
     self.steps = config.steps
     self.steps_per_epoch = max(1, len(self.train_tokens) // config.data.batch_size)
     self._optimizer, self.learning_rate = make_optimizer(config.optimizer, self.steps)
@@ -83,7 +84,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       width=m.width,
       depth=m.depth,
       heads=m.heads,
-      num_classes=self._classes(),
+      num_classes=self.conditions.num_classes,
       patch_sizes=tuple(q["patch_sizes"]),
       codebook_size=q["codebook_size"],
       code_dim=q["code_dim"],
@@ -91,32 +92,22 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       mlp_ratio=m.mlp_ratio,
       attention=m.attention,
       level_codes=tuple(q.get("level_codes", ())),
+      text=self.conditions.text,
     )
     model = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
-    self._model, _, frozen = arrays.split(model, nnx.Param, ...)
-    if frozen:
+    self._model, *_ = arrays.split(model, nnx.Param, ...)
+    frozen = dict(self.conditions.fixed)
+    if m.embedding == "codes":
       tokenizer = weights.load_tokenizer(config.data.tokenizer)
       values = arrays.jit_module(lambda quantizer: quantizer.embedding_values())(
         tokenizer.quantizer
-      )()
-      frozen = {path: values for path in frozen}
-    self._set_up({"codes": frozen}, {})
-    self._evaluate = jax.jit(self._eval_sums, out_shardings=sharding.replicated(mesh))
-
-  def _classes(self) -> int:
-    """Classes of the model, which are those of the tokens."""
-    config, train = self.config, self.config.data.train
-    classes = config.model.num_classes or len(self.class_names)
-    if classes != len(self.class_names):
-      raise UserError(
-        f"config.model.num_classes={classes}, but the tokens {train} have "
-        f"{len(self.class_names)} classes"
       )
-    if not classes and config.class_dropout < 1:
-      raise UserError(f"the tokens {train} have no classes; config.class_dropout=1 trains without")
-    if self.eval_tokens and self.eval_tokens.class_names != self.class_names:
-      raise UserError(f"{train} and {config.data.eval} have different classes")
-    return classes
+      frozen["embedding.codes"] = values()
+    groups = {"codes": frozen}
+    if self.conditions.encoder:
+      groups["text_encoder"] = self.conditions.encoder
+    self._set_up(groups, {})
+    self._evaluate = jax.jit(self._eval_sums, out_shardings=sharding.replicated(mesh))
 
   def _make_model(self, key: jax.Array) -> MaskGIT:
     """A fresh model, with zeros for the code values; traceable."""
@@ -139,15 +130,17 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
   # One update.
 
   def _update(self, state: GeneratorState, frozen, key: jax.Array, batch: dict[str, jax.Array]):
-    """From {"ids": [accumulation, B, N], "condition": [accumulation, B]}."""
+    """From {"ids": [accumulation, B, N], "condition": [accumulation, B, ...]}."""
     config = self.config
 
     def micro_batch(carry, i, batch):
+      condition = self._condition(frozen, batch["condition"])
+
       def loss(params):
         return masked_loss(
           arrays.merge(self._model, frozen["codes"], params),
           batch["ids"],
-          batch["condition"],
+          condition,
           jax.random.fold_in(key, i),
           config.masking,
           label_smoothing=config.label_smoothing,
@@ -174,6 +167,10 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     new = GeneratorState(state.step + 1, params, ema, optimizer, level_loss, level_accuracy)
     return new, metrics
 
+  def _condition(self, frozen, condition: jax.Array) -> jax.Array:
+    """What the model takes, of what a batch holds."""
+    return self.conditions.embedded(frozen.get("text_encoder", {}), condition)
+
   # Data, evaluation, export.
 
   def inventory(self) -> dict[str, Inventory]:
@@ -193,6 +190,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       start=start,
       process_index=part,
       process_count=parts,
+      tokenize=self.conditions.tokenize,
     )
 
   def _eval_sums(self, ema: Arrays, frozen, key: jax.Array, batch, number):
@@ -200,7 +198,8 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     key = jax.random.fold_in(jax.random.wrap_key_data(key), Stream.EVALUATION)
     model = arrays.merge(self._model, frozen["codes"], ema)
     key = jax.random.fold_in(key, number)
-    return masked_loss(model, batch["ids"][0], batch["condition"][0], key, self.config.masking)[1]
+    condition = self._condition(frozen, batch["condition"][0])
+    return masked_loss(model, batch["ids"][0], condition, key, self.config.masking)[1]
 
   def metric_names(self) -> list[str]:
     """See `Trainer`."""
@@ -242,8 +241,10 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
         arrays.merge(self._model, codes, ema),
         self.config.data.tokenizer,
         workdir / self.product,
-        self.class_names,
+        self.train_tokens.class_names if self.conditions.num_classes else (),
         self.config.masking.order,
         self.origin(state, workdir),
         averaged=True,
+        text_encoder=self.conditions.text_encoder,
+        text_encoder_dir=self.conditions.text_encoder_dir,
       )

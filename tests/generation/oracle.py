@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from coda_jax.models.conditions import ClassCondition
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 
 CONFIG = MaskGITConfig(
@@ -23,6 +24,7 @@ class Oracle(MaskGIT):
 
   def __init__(self, values: np.ndarray, config: MaskGITConfig = CONFIG):
     self.config = config
+    self.condition = ClassCondition(config.num_classes + 1, 1, nnx.Rngs(0))
     flat = values.reshape(-1, values.shape[-1])
     self.weights = nnx.Param(jnp.asarray(flat.T))
 

@@ -232,7 +232,8 @@ def test_no_logits_of_all_tokens():
   zero, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
   steps = SamplerSettings(steps=4).per_step(np.array([n]))
   index = zero.astype(jnp.uint32)
-  found = run.lower(shapes, jnp.zeros((1, n), jnp.int32), zero, index, key, steps).as_text()
+  ids = jnp.zeros((1, n), jnp.int32)
+  found = run.lower(shapes, ids, zero, None, index, key, steps).as_text()
   assert f"16x{config.codebook_size}x" in found
   assert f"{n}x{config.codebook_size}x" not in found
 

@@ -4,11 +4,13 @@ import jax
 import pytest
 
 from coda_jax import cli, sharding
+from coda_jax import config as c
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD_VAE
 from coda_jax.planning import inputs, programs
 from coda_jax.training import registry
+from tests import tiny
 from tests.training import runs
 
 
@@ -62,6 +64,27 @@ def test_programs_of_a_generator(generator, tokenizer, what):
   if what == "sample":
     assert out.shape == (8, 32, 32, 3)
   program.lower()
+
+
+@pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])
+def test_programs_of_a_generator_of_texts(kind, tmp_path, monkeypatch):
+  monkeypatch.setattr(inputs, "CLIPTextConfig", lambda: tiny.TEXT)  # CLIP's own is half a GB
+  words = ["--config.model.depth=0", "--config.model.width=16"]
+  settings = registry.resolve(cli.load_config("configs/maskgit.py:text_demo", words))
+  if kind == "embeddings":  # of tokens that are there
+    encoder = {"kind": "clip-text", "fingerprint": "x"}
+    text = {"kind": kind, "encoder": encoder, "tokens": 8, "width": 16, "padding": "end"}
+    fields = {"fingerprint": "y", "quantizer": {"patch_sizes": [1, 2], "codebook_size": 8}}
+    inputs.write_tokens(tmp_path / "tokens", fields, [], text)
+    settings = c.changed(settings, data__train=str(tmp_path / "tokens"))
+  tokenizer = registry.resolve(cli.load_config("configs/demo.py:shapes"))
+  program = programs.make("update", settings, jax.devices()[:4], tokenizer)
+  shape = program.groups["batch"]["condition"]
+  assert shape.shape == ((1, 16, 8) if kind == "captions" else (1, 16, 8, 16))
+  assert ("text_encoder" in program.groups["frozen"]) == (kind == "captions")
+  jax.eval_shape(program.function, *program.args)
+  program = programs.make("sample", settings, jax.devices()[:4], tokenizer)
+  assert jax.eval_shape(program.function, *program.args).shape == (8, 64, 64, 3)
 
 
 def test_what_is_not_there_and_not_known(folder, generator):

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from coda_jax import config as c
+from coda_jax.models.conditions import TextShape
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training.maskgit_step import draw_mask, masked_loss
 from tests.conftest import assert_close
@@ -41,3 +42,22 @@ def test_level_balance(balance):
   weight = np.array([1.0, 4.0, 16.0]) ** -balance
   assert_close(loss, (losses * weight).sum() / (count * weight).sum(), 1e-5)
   np.testing.assert_allclose(losses / count, np.log(32), rtol=0.1)  # a fresh model's guess
+
+
+@pytest.mark.slow
+def test_dropped_texts_do_not_count():
+  m = MaskGITConfig(16, 0, 1, 0, (1, 2), 32, embedding="table", text=TextShape(3, 4))
+  model = MaskGIT(m, rngs=nnx.Rngs(0))
+  model.condition.empty[...] = jnp.ones((3, 4))
+  ids = jax.random.randint(jax.random.key(1), (8, 5), 0, 32)
+  rng = np.random.default_rng(0)
+  texts = [jnp.asarray(rng.normal(size=(8, 3, 4)), jnp.float16) for _ in range(2)]
+
+  @nnx.jit(static_argnames="dropout")
+  def run(model, texts, dropout):
+    how = {"class_dropout": dropout}
+    return masked_loss(model, ids, texts, jax.random.key(0), c.MaskingSettings(), **how)[0]
+
+  kept, dropped = ([float(run(model, t, dropout=p)) for t in texts] for p in (0.0, 1.0))
+  assert kept[0] != kept[1] and dropped[0] == dropped[1]
+  assert_close(dropped[0], run(model, jnp.ones_like(texts[0]), dropout=0.0), 1e-6)
