@@ -2,7 +2,7 @@
 
 `configs/demo.py:attention` is the same recipe and budget without LoRA; `:adversarial` adds a small
 PatchGAN (DINO's weights are not embedded) and takes 1500 updates; `:thumbnails` is for 32x32, the
-tokenizer of `configs/maskgit.py:demo`; `:shapes` is for drawn shapes, that of `:text_demo`.
+tokenizer of `configs/maskgit.py:demo`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def get_config(arg: str = "full"):
     logging=c.LoggingSettings(every=10),
   )
   words = arg.split(",")
-  for changes in (adversarial, thumbnails, shapes):
+  for changes in (adversarial, thumbnails):
     if changes.__name__ in words:
       words.remove(changes.__name__)
       config = dataclasses.replace(config, **changes(config))
@@ -67,27 +67,5 @@ def thumbnails(config: c.TrainConfig) -> dict:
     "data": dataclasses.replace(config.data, batch_size=16),
     "steps": 1500,
     "eval": dataclasses.replace(config.eval, every=500),
-    "checkpoint": dataclasses.replace(config.checkpoint, every=250),
-  }
-
-
-def shapes(config: c.TrainConfig) -> dict:
-  """Changes for the drawn shapes of `tools/draw_shapes.py`: 341 tokens for 64x64."""
-  quantizer = dataclasses.replace(
-    config.tokenizer.quantizer, codebook_size=256, patch_sizes=(1, 2, 4, 8, 16)
-  )
-  data = dataclasses.replace(
-    config.data,
-    train="folder:shapes@train",
-    eval="folder:shapes@unseen",
-    batch_size=8,
-    resize_ratio=1.0,
-    flip=False,
-  )
-  return {
-    "tokenizer": dataclasses.replace(config.tokenizer, quantizer=quantizer),
-    "data": data,
-    "steps": 1000,
-    "eval": dataclasses.replace(config.eval, every=500, images=240),
     "checkpoint": dataclasses.replace(config.checkpoint, every=250),
   }

@@ -87,7 +87,7 @@ def text_demo() -> c.MaskGITTrainConfig:
   return dataclasses.replace(
     demo(),
     data=c.TokenDataSettings(
-      tokenizer="runs/shapes_tokenizer/tokenizer",
+      tokenizer="demo/shapes_tokenizer",
       train="tokens/shapes/train",
       eval="tokens/shapes/unseen",
       batch_size=16,

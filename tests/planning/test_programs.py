@@ -77,7 +77,7 @@ def test_programs_of_a_generator_of_texts(kind, tmp_path, monkeypatch):
     fields = {"fingerprint": "y", "quantizer": {"patch_sizes": [1, 2], "codebook_size": 8}}
     inputs.write_tokens(tmp_path / "tokens", fields, [], text)
     settings = c.changed(settings, data__train=str(tmp_path / "tokens"))
-  tokenizer = registry.resolve(cli.load_config("configs/demo.py:shapes"))
+  tokenizer = registry.resolve(cli.load_config("configs/demo.py"))
   program = programs.make("update", settings, jax.devices()[:4], tokenizer)
   shape = program.groups["batch"]["condition"]
   assert shape.shape == ((1, 16, 8) if kind == "captions" else (1, 16, 8, 16))
