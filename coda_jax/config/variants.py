@@ -5,8 +5,10 @@ import dataclasses
 from coda_jax.config.tokenizer import TrainConfig
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import PATCH_SIZES
+from coda_jax.models.scalar_lookups import FSQ_LEVELS
 
 VARIANTS = ("vq", "rq", "attention", "full")
+SCALAR = ("fsq", "lfq", "bsq")
 
 
 def variant(config: TrainConfig, arg: str) -> TrainConfig:
@@ -15,9 +17,10 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
   Args:
     config: the full method.
     arg: comma-separated: one of `vq` (Euclidean look-up, one level), `rq` (Euclidean, all
-      levels), `attention` (attention look-up) or `full` (attention and LoRA, the default), and
-      any of `codebook_size=N`, `norm=rms|layer|none`, and the side of the images in pixels, such
-      as `512`.
+      levels), `attention` (attention look-up) or `full` (attention and LoRA, the default); or
+      `full` with another look-up, `fsq`, `lfq` or `bsq`; and any of `codebook_size=N` (`fsq`
+      takes the largest of the paper's sizes within), `norm=rms|layer|none`, `rotation` (the
+      rotation trick, for `vq` and `rq`), and the side of the images in pixels, such as `512`.
 
   Raises:
     UserError: anything else.
@@ -26,6 +29,7 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
   for word in filter(str.isdecimal, words):
     config = _sized(config, int(word))
   quantizer, lora = config.tokenizer.quantizer, config.tokenizer.lora
+  changes = {}
   for word in words:
     key, equals, value = word.partition("=")
     if word.isdecimal():
@@ -34,18 +38,26 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
       if word != "full":
         lora = None
       if word in ("vq", "rq"):
-        quantizer = dataclasses.replace(quantizer, lookup="euclidean", beta=None)
+        changes |= {"lookup": "euclidean", "beta": None}
       if word == "vq":
-        quantizer = dataclasses.replace(quantizer, patch_sizes=quantizer.patch_sizes[-1:])
+        changes["patch_sizes"] = quantizer.patch_sizes[-1:]
+    elif not equals and word in SCALAR:
+      changes |= {"lookup": word, "beta": None}
+    elif word == "rotation":
+      changes["gradient"] = word
     elif key == "codebook_size" and value.isdigit():
-      quantizer = dataclasses.replace(quantizer, codebook_size=int(value))
+      changes["codebook_size"] = int(value)
     elif key == "norm" and equals:
-      quantizer = dataclasses.replace(quantizer, norm=value)
+      changes["norm"] = value
     else:
       raise UserError(
-        f"config argument {word!r} is none of {', '.join(VARIANTS)}, codebook_size=N, norm=NAME,"
-        " 512 (pixels)"
+        f"config argument {word!r} is none of {', '.join(VARIANTS + SCALAR)}, rotation,"
+        " codebook_size=N, norm=NAME, 512 (pixels)"
       )
+  size = changes.get("codebook_size", quantizer.codebook_size)
+  if changes.get("lookup") == "fsq":
+    changes["codebook_size"] = max((v for v in FSQ_LEVELS if v <= size), default=size)
+  quantizer = dataclasses.replace(quantizer, **changes)
   tokenizer = dataclasses.replace(config.tokenizer, quantizer=quantizer, lora=lora)
   return dataclasses.replace(config, tokenizer=tokenizer)
 

@@ -3,10 +3,8 @@
 A further look-up is a class that derives from `Lookup` and a line in `LOOKUPS`.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,147 +13,30 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.token_grids import TokenGrids
+from coda_jax.models.lookup import (
+  GRADIENTS,
+  CodebookLookup,
+  Found,
+  Lookup,
+  QuantizerConfig,
+  linear,
+)
+from coda_jax.models.scalar_lookups import BinarySphericalLookup, FiniteScalarLookup, LookupFree
 from coda_jax.ops import codebook_lookup
 
-
-@dataclasses.dataclass(frozen=True)
-class QuantizerConfig(TokenGrids):
-  """Shape of the quantizer.
-
-  Attributes:
-    codebook_size: number of codes V.
-    patch_sizes: side of each level's token grid, coarse to fine; the last is the latent's side.
-    code_dim: channels of latents and codes.
-    lookup: "attention" (paper, Eq. 6 to 8) or "euclidean" (plain VQ; residual VQ with more levels).
-    attn_dim: width of queries and keys.
-    norm: of queries and keys: "rms", "layer" or "none".
-    beta: weight of the loss that pulls codes to latents (attention) or latents to codes
-      (euclidean); None is the look-up's `default_beta`, 0.05 or 0.25.
-    entropy_temperature: tau of the entropy loss.
-    chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
-  """
-
-  codebook_size: int
-  patch_sizes: tuple[int, ...]
-  code_dim: int = 16
-  lookup: str = "attention"
-  attn_dim: int = 32
-  norm: str = "rms"
-  beta: float | None = None
-  entropy_temperature: float = 0.01
-  chunk_size: int | None = None
-
-  def __post_init__(self):
-    for name in ("codebook_size", "code_dim", "attn_dim"):
-      if getattr(self, name) < 1:
-        raise UserError(f"quantizer.{name} is {getattr(self, name)}; it must be at least 1")
-    if not self.entropy_temperature > 0:
-      temperature = self.entropy_temperature
-      raise UserError(f"quantizer.entropy_temperature is {temperature}; it must be above 0")
-    if self.lookup not in LOOKUPS:
-      raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(LOOKUPS)}")
-    if self.norm not in NORMS:
-      raise UserError(f"quantizer.norm is {self.norm!r}; it is one of {', '.join(NORMS)}")
-    if not self.patch_sizes or min(self.patch_sizes) < 1:
-      raise UserError(f"quantizer.patch_sizes is {self.patch_sizes}; give sides of at least 1")
-    if self.chunk_size is not None and self.chunk_size < 1:
-      raise UserError(f"quantizer.chunk_size is {self.chunk_size}; it must be at least 1")
-
-  @property
-  def lookup_class(self) -> "type[Lookup]":
-    """The look-up's class; its attributes tell other parts of the program what they need."""
-    return LOOKUPS[self.lookup]
-
-  def level_sizes(self, h: int, w: int) -> list[tuple[int, int]]:
-    """Token grid of every level for latents of h x w.
-
-    Level l has round(p_l * h / h0) x round(p_l * w / w0) tokens, at least 1; the last is h x w.
-    """
-    last = self.patch_sizes[-1]
-
-    def side(p, n):  # rounds halves up, in integers
-      return n if p == last else max(1, (2 * p * n + last) // (2 * last))
-
-    sizes = [(side(p, h), side(p, w)) for p in self.patch_sizes]
-    return [*sizes[:-1], (h, w)]
+_SMALL = 1e-6  # the length of a vector without direction
 
 
-class Found(NamedTuple):
-  """Codes of n vectors.
-
-  `codes` is what the look-up was given. A further look-up that takes these codes instead adds its
-  gradients to the same arrays; otherwise the gradients of every level are held and summed at the
-  end.
-  """
-
-  ids: Int[Array, "n"]
-  values: Float[Array, "n c"]  # in training with straight-through gradients
-  codes: Any
-  vq_loss: Float[Array, ""] | float = 0.0
-  entropy_loss: Float[Array, ""] | float = 0.0
-
-
-class Lookup(nnx.Module):
-  """Base of the look-ups.
-
-  Parameter: `codebook` [V, code_dim].
-
-  Attributes:
-    in_official_code: whether the official PyTorch code has this look-up.
-    codes_start_as_latents: whether codes of a new quantizer are latents of the first batch.
-    default_beta: what `QuantizerConfig.beta` is if it is None.
-    confidence_label: what the size of `confidence` is.
-  """
-
-  confidence_label = "distance"
-  in_official_code = False
-  codes_start_as_latents = False
-  default_beta: float
-
-  def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    shape = config.codebook_size, config.code_dim
-    self.codebook = nnx.Param(jax.random.normal(rngs.params(), shape))
-
-  @property
-  def beta(self) -> float:
-    """The commitment weight: the config's, or the look-up's own."""
-    return self.default_beta if self.config.beta is None else self.config.beta
-
-  def values(self) -> Float[Array, "v c"]:
-    """The code values, in latent space."""
-    raise NotImplementedError
-
-  def confidence(self, x: Float[Array | np.ndarray, "n c"]) -> Float[Array, "n v"]:
-    """How likely each code is for a few vectors; largest for the one that `ids` finds.
-
-    For pictures: it holds vectors x codes. By default minus the distance to the code's value.
-    """
-    return -jnp.linalg.norm(x[:, None] - self.values(), axis=-1)
-
-  def codes(self) -> Any:
-    """Arrays of the codes that `ids` and `look_up` take; computed once for all levels."""
-    raise NotImplementedError
-
-  def ids(self, x: Float[Array, "n c"], codes: Any) -> Int[Array, "n"]:
-    """Ids of vectors."""
-    raise NotImplementedError
-
-  def look_up(self, x: Float[Array, "n c"], codes: Any) -> Found:
-    """Ids, straight-through values and losses of vectors, for training."""
-    raise NotImplementedError
-
-
-class EuclideanLookup(Lookup):
+class EuclideanLookup(CodebookLookup):
   """The nearest code (plain VQ; van den Oord et al. 2017).
 
-  The value is x + sg(c − x). The codes learn from the loss alone:
-  mean((sg x − c)²) + beta·mean((x − sg c)²).
+  The value is x + sg(c − x), or with `gradient="rotation"` that of `rotated`. The codes learn from
+  the loss alone: mean((sg x − c)²) + beta·mean((x − sg c)²).
   """
 
   codes_start_as_latents = True
   default_beta = 0.25
+  gradients = GRADIENTS
 
   def values(self) -> Float[Array, "v c"]:
     return self.codebook[...]
@@ -171,7 +52,30 @@ class EuclideanLookup(Lookup):
     ids = self.ids(x, codes)
     chosen = codebook_lookup.code_values(codes, ids)
     loss = jnp.square(sg(x) - chosen).mean() + self.beta * jnp.square(x - sg(chosen)).mean()
-    return Found(ids, x + sg(chosen - x), codes, loss)
+    values = rotated(x, chosen) if self.config.gradient == "rotation" else x + sg(chosen - x)
+    return Found(ids, values, codes, loss)
+
+
+def rotated(x: Float[Array, "n c"], values: Float[Array, "n c"]) -> Float[Array, "n c"]:
+  """`values` with the gradient of the rotation trick (Fifty et al., arXiv 2410.06424).
+
+  The value is sg(|v|/|x| R) x, with the rotation R of x's direction to that of v in their plane:
+  R = I − 2 r rᵀ + 2 v̂ x̂ᵀ, r the direction of x̂ + v̂. A vector or a value of length 0 has no
+  direction: there the gradient passes straight through. None reaches `values`.
+  """
+  sg = jax.lax.stop_gradient
+  size, size_value = (jnp.linalg.norm(y, axis=1, keepdims=True) for y in (sg(x), sg(values)))
+  known = (size > _SMALL) & (size_value > _SMALL)
+  start, end = sg(x) / jnp.maximum(size, _SMALL), sg(values) / jnp.maximum(size_value, _SMALL)
+  middle = start + end
+  middle /= jnp.maximum(jnp.linalg.norm(middle, axis=1, keepdims=True), _SMALL)
+
+  def product(a, b):
+    return (a * b).sum(1, keepdims=True)
+
+  turned = x - 2 * middle * product(x, middle) + 2 * end * product(x, start)
+  turned = jnp.where(known, size_value / jnp.maximum(size, _SMALL) * turned, x)
+  return turned + sg(values - turned)  # the values to the last digit
 
 
 class ProjectedCodes(NamedTuple):
@@ -189,17 +93,7 @@ NORMS = {
 }
 
 
-def _linear(cin: int, cout: int, rngs: nnx.Rngs) -> nnx.Linear:
-  """y = x W + b in full float32, PyTorch's default initialisation."""
-  bound = 1 / math.sqrt(cin)
-
-  def init(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-  return nnx.Linear(cin, cout, precision="highest", kernel_init=init, bias_init=init, rngs=rngs)
-
-
-class AttentionLookup(Lookup):
+class AttentionLookup(CodebookLookup):
   """The code with the largest attention weight (CODA, Eq. 6 to 8).
 
   Parameters besides the codebook: the projections `to_q`, `to_k`, `to_v`, and the norms `norm_q`,
@@ -210,11 +104,17 @@ class AttentionLookup(Lookup):
   in_official_code = True
   default_beta = 0.05
 
+  @classmethod
+  def check(cls, config: QuantizerConfig) -> None:
+    super().check(config)
+    if config.norm not in NORMS:
+      raise UserError(f"quantizer.norm is {config.norm!r}; it is one of {', '.join(NORMS)}")
+
   def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     c, d = config.code_dim, config.attn_dim
-    self.to_q, self.to_k = _linear(c, d, rngs), _linear(c, d, rngs)
-    self.to_v = _linear(c, c, rngs)
+    self.to_q, self.to_k = linear(c, d, rngs), linear(c, d, rngs)
+    self.to_v = linear(c, c, rngs)
     if norm := NORMS[config.norm]:
       self.norm_q, self.norm_k = (norm(d, epsilon=1e-5, rngs=rngs) for _ in range(2))
 
@@ -278,4 +178,10 @@ class AttentionLookup(Lookup):
     return Found(found.ids, found.z, ProjectedCodes(found.k, found.v), loss, found.entropy_loss)
 
 
-LOOKUPS: dict[str, type[Lookup]] = {"attention": AttentionLookup, "euclidean": EuclideanLookup}
+LOOKUPS: dict[str, type[Lookup]] = {
+  "attention": AttentionLookup,
+  "euclidean": EuclideanLookup,
+  "fsq": FiniteScalarLookup,
+  "lfq": LookupFree,
+  "bsq": BinarySphericalLookup,
+}

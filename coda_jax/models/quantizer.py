@@ -16,7 +16,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from coda_jax.models.inputs import check_latents
-from coda_jax.models.lookups import LOOKUPS, Found, Lookup, QuantizerConfig
+from coda_jax.models.lookup import Found, Lookup, QuantizerConfig
+from coda_jax.models.lookups import LOOKUPS
 from coda_jax.ops.codebook_lookup import code_values
 from coda_jax.ops.resize import area_resize, bicubic_resize
 
@@ -40,7 +41,7 @@ class QuantizerOutput:
     ids: one int32 [B, ph, pw] per level, coarse to fine.
     latents: [B, h, w, C] quantized, with straight-through gradients.
     vq_loss: L_q averaged over levels (paper, Eq. 10 and 11).
-    entropy_loss: L_e averaged over levels; 0 for Euclidean look-up.
+    entropy_loss: L_e averaged over levels; 0 for Euclidean look-up and FSQ.
     level_mse: [levels] mean squared error of the latents after each level.
   """
 

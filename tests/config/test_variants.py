@@ -1,5 +1,7 @@
 """The rows of the paper's Table 1."""
 
+import dataclasses
+
 import pytest
 
 from coda_jax.errors import UserError
@@ -19,6 +21,15 @@ def test_variants():
   full = load("configs/mar.py:full,codebook_size=65536,norm=layer").tokenizer
   assert full.quantizer.codebook_size == 65536 and full.quantizer.norm == "layer"
   assert full.lora is not None
+  rotation = load("configs/mar.py:rq,rotation").tokenizer.quantizer
+  assert rotation == dataclasses.replace(rq.tokenizer.quantizer, gradient="rotation")
+  for arg, lookup, codes in (("fsq", "fsq", 1000), ("lfq", "lfq", 1024), ("bsq", "bsq", 1024)):
+    scalar = load(f"configs/demo.py:{arg}").tokenizer
+    assert (scalar.quantizer.lookup, scalar.quantizer.codebook_size) == (lookup, codes)
+    assert scalar.lora is not None
+  assert load("configs/mar.py:codebook_size=65536,fsq").tokenizer.quantizer.codebook_size == 64000
+  with pytest.raises(UserError, match="quantizer.gradient is 'rotation'"):
+    load("configs/mar.py:rotation")
   for arg in ("nothing", "codebook_size=many", "size=3"):
     with pytest.raises(UserError, match=f"config argument '{arg}'"):
       load(f"configs/mar.py:{arg}")

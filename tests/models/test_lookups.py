@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from coda_jax import arrays
+from coda_jax.errors import UserError
 from coda_jax.models import lookups
 from tests import tiny
 from tests.models.test_quantizer import ATTENTION, EUCLIDEAN, latents, make
@@ -84,7 +85,43 @@ def test_euclidean_codes_learn_from_the_loss_alone():
   assert jnp.abs(gradient(codebook, False)).max() == 0
 
 
-class SignLookup(lookups.Lookup):
+def test_rotation_trick_matches_its_definition():
+  """R as a matrix in NumPy: it turns x's direction to the code's; the gradient is |c|/|x| Rᵀ g."""
+  x, values, g = latents(6), latents(6, seed=4), latents(6, seed=5)
+  x = x.at[4].set(0).at[5].set(-2 * values[5])
+  out, pull = jax.vjp(jax.jit(lookups.rotated), x, values)
+  np.testing.assert_allclose(out, values, atol=1e-6)
+  to_x, to_values = pull(g)
+  assert not to_values.any()
+  for n in range(4):
+    a, b = np.float64(x[n]), np.float64(values[n])
+    scale = np.linalg.norm(b) / np.linalg.norm(a)
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    r = (a + b) / np.linalg.norm(a + b)
+    rotation = np.eye(16) - 2 * np.outer(r, r) + 2 * np.outer(b, a)
+    np.testing.assert_allclose(rotation @ a, b, atol=1e-12)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(16), atol=1e-12)
+    np.testing.assert_allclose(to_x[n], scale * rotation.T @ np.float64(g[n]), atol=1e-5)
+  np.testing.assert_array_equal(to_x[4], g[4])  # no direction
+  assert np.linalg.norm(to_x[5]) < 2 * np.linalg.norm(g[5])  # opposite
+
+
+def test_rotation_changes_gradients_alone():
+  x = latents(1, 4, 4)
+  turned = make(dataclasses.replace(EUCLIDEAN, gradient="rotation"))
+  one, other = tiny.quantize(make(EUCLIDEAN), x), tiny.quantize(turned, x)
+  for a, b in zip(one.ids, other.ids, strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_allclose(one.latents, other.latents, atol=1e-5)
+  np.testing.assert_allclose(one.vq_loss, other.vq_loss, rtol=1e-5)
+  gradient = jax.jit(jax.grad(lambda x: turned.look_up(x, turned.codes()).values.sum()))
+  assert jnp.abs(gradient(latents(3)) - 1).max() > 0.1
+  for lookup, gradient in (("attention", "rotation"), ("euclidean", "none")):
+    with pytest.raises(UserError, match=f"gradient is '{gradient}'; for the {lookup} look-up"):
+      dataclasses.replace(EUCLIDEAN, lookup=lookup, gradient=gradient)
+
+
+class SignLookup(lookups.CodebookLookup):
   """The signs of the first channels are the bits of the id."""
 
   def values(self):
