@@ -8,7 +8,7 @@ from coda_jax.models.quantizer import PATCH_SIZES
 from coda_jax.models.scalar_lookups import FSQ_LEVELS
 
 VARIANTS = ("vq", "rq", "attention", "full")
-SCALAR = ("fsq", "lfq", "bsq")
+FURTHER = ("product", "ibq", "fsq", "lfq", "bsq")  # look-ups
 
 
 def variant(config: TrainConfig, arg: str) -> TrainConfig:
@@ -18,9 +18,10 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
     config: the full method.
     arg: comma-separated: one of `vq` (Euclidean look-up, one level), `rq` (Euclidean, all
       levels), `attention` (attention look-up) or `full` (attention and LoRA, the default); or
-      `full` with another look-up, `fsq`, `lfq` or `bsq`; and any of `codebook_size=N` (`fsq`
-      takes the largest of the paper's sizes within), `norm=rms|layer|none`, `rotation` (the
-      rotation trick, for `vq` and `rq`), and the side of the images in pixels, such as `512`.
+      `full` with another look-up: `product`, `ibq`, `fsq`, `lfq` or `bsq`; and any of
+      `codebook_size=N` (`fsq` takes the largest of its paper's sizes within),
+      `norm=rms|layer|none`, `rotation` (the rotation trick, for `vq`, `rq` and `product`), and
+      the side of the images in pixels, such as `512`.
 
   Raises:
     UserError: anything else.
@@ -41,7 +42,7 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
         changes |= {"lookup": "euclidean", "beta": None}
       if word == "vq":
         changes["patch_sizes"] = quantizer.patch_sizes[-1:]
-    elif not equals and word in SCALAR:
+    elif not equals and word in FURTHER:
       changes |= {"lookup": word, "beta": None}
     elif word == "rotation":
       changes["gradient"] = word
@@ -51,7 +52,7 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
       changes["norm"] = value
     else:
       raise UserError(
-        f"config argument {word!r} is none of {', '.join(VARIANTS + SCALAR)}, rotation,"
+        f"config argument {word!r} is none of {', '.join(VARIANTS + FURTHER)}, rotation,"
         " codebook_size=N, norm=NAME, 512 (pixels)"
       )
   size = changes.get("codebook_size", quantizer.codebook_size)

@@ -25,16 +25,19 @@ class QuantizerConfig(TokenGrids):
     patch_sizes: side of each level's token grid, coarse to fine; the last is the latent's side.
     code_dim: channels of latents and codes.
     lookup: "attention" (paper, Eq. 6 to 8), "euclidean" (plain VQ; residual VQ with more levels),
-      "fsq", "lfq" or "bsq" (`scalar_lookups`).
+      "product" (VQ of parts of a vector), "ibq" (attention without projections), "fsq", "lfq" or
+      "bsq" (`scalar_lookups`).
     attn_dim: width of queries and keys.
     norm: of queries and keys: "rms", "layer" or "none".
-    beta: weight of the loss that pulls codes to latents (attention) or latents to codes
-      (euclidean, lfq, bsq); None is the look-up's `default_beta`. FSQ has no such loss.
+    beta: weight of the loss that pulls codes to latents (attention, ibq) or latents to codes
+      (euclidean, product, lfq, bsq); None is the look-up's `default_beta`. FSQ has no such loss.
     entropy_temperature: tau of the entropy loss.
     chunk_size: tokens at a time in the streamed look-up; None leaves it to the look-up.
     fsq_levels: levels of each number of FSQ, V in product; () are the paper's for this V.
     gradient: how the gradient passes from values to vectors: "straight_through", or "rotation"
-      (euclidean).
+      (euclidean, product).
+    product_heads: parts of a vector that the product look-up quantizes apart; V is a number to
+      this power.
   """
 
   codebook_size: int
@@ -48,9 +51,10 @@ class QuantizerConfig(TokenGrids):
   chunk_size: int | None = None
   fsq_levels: tuple[int, ...] = ()
   gradient: str = "straight_through"
+  product_heads: int = 2
 
   def __post_init__(self):
-    for name in ("codebook_size", "code_dim", "attn_dim"):
+    for name in ("codebook_size", "code_dim", "attn_dim", "product_heads"):
       if getattr(self, name) < 1:
         raise UserError(f"quantizer.{name} is {getattr(self, name)}; it must be at least 1")
     if not self.entropy_temperature > 0:
@@ -160,12 +164,17 @@ class Lookup(nnx.Module):
 
 
 class CodebookLookup(Lookup):
-  """Base of the look-ups with codes that are learned. Parameter: `codebook` [V, code_dim]."""
+  """Base of the look-ups with codes that are learned. Parameter: `codebook` [rows, code_dim]."""
 
   def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
-    shape = config.codebook_size, config.code_dim
+    shape = self.rows(config), config.code_dim
     self.codebook = nnx.Param(jax.random.normal(rngs.params(), shape))
+
+  @classmethod
+  def rows(cls, config: QuantizerConfig) -> int:
+    """Rows of the codebook; V unless codes are made of parts of several."""
+    return config.codebook_size
 
 
 def linear(cin: int, cout: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -41,19 +41,69 @@ class EuclideanLookup(CodebookLookup):
   def values(self) -> Float[Array, "v c"]:
     return self.codebook[...]
 
-  def codes(self) -> Float[Array, "v c"]:
+  def codes(self) -> Float[Array, "r c"]:
     return self.codebook[...]
 
-  def ids(self, x: Float[Array, "n c"], codes: Float[Array, "v c"]) -> Int[Array, "n"]:
+  def ids(self, x: Float[Array, "n c"], codes: Float[Array, "r c"]) -> Int[Array, "n"]:
     return codebook_lookup.euclidean_lookup(x, codes, chunk_size=self.config.chunk_size)
 
-  def look_up(self, x: Float[Array, "n c"], codes: Float[Array, "v c"]) -> Found:
+  def look_up(self, x: Float[Array, "n c"], codes: Float[Array, "r c"]) -> Found:
     sg = jax.lax.stop_gradient
     ids = self.ids(x, codes)
-    chosen = codebook_lookup.code_values(codes, ids)
+    chosen = self.chosen(codes, ids)
     loss = jnp.square(sg(x) - chosen).mean() + self.beta * jnp.square(x - sg(chosen)).mean()
     values = rotated(x, chosen) if self.config.gradient == "rotation" else x + sg(chosen - x)
     return Found(ids, values, codes, loss)
+
+  def chosen(self, codes: Float[Array, "r c"], ids: Int[Array, "n"]) -> Float[Array, "n c"]:
+    """The codes of ids."""
+    return codebook_lookup.code_values(codes, ids)
+
+
+class ProductLookup(EuclideanLookup):
+  """The nearest code of each part of a vector (product quantization; Jégou et al. 2011).
+
+  A vector's channels are split into `product_heads` parts, each with R codes of its own, which are
+  the R rows of the codebook: V = R^heads. An id is the parts' ids in base R, the first part's the
+  lowest. Losses and gradients are those of the Euclidean look-up.
+  """
+
+  @classmethod
+  def check(cls, config: QuantizerConfig) -> None:
+    super().check(config)
+    heads, size = config.product_heads, config.codebook_size
+    if config.code_dim % heads:
+      raise UserError(
+        f"quantizer.product_heads is {heads}; it must divide the {config.code_dim} channels"
+      )
+    if cls.rows(config) ** heads != size:
+      raise UserError(
+        f"quantizer.codebook_size is {size}; for the product look-up with product_heads={heads} it "
+        f"is a number to the power of {heads}, such as {cls.rows(config) ** heads}"
+      )
+
+  @classmethod
+  def rows(cls, config: QuantizerConfig) -> int:
+    return round(config.codebook_size ** (1 / config.product_heads))
+
+  def values(self) -> Float[Array, "v c"]:
+    return self.chosen(self.codebook[...], jnp.arange(self.config.codebook_size))
+
+  def ids(self, x: Float[Array, "n c"], codes: Float[Array, "r c"]) -> Int[Array, "n"]:
+    parts = zip(*(jnp.split(y, self.config.product_heads, 1) for y in (x, codes)), strict=True)
+    return sum(
+      (
+        codebook_lookup.euclidean_lookup(*part, chunk_size=self.config.chunk_size) * len(codes) ** h
+        for h, part in enumerate(parts)
+      ),
+      jnp.zeros(len(x), jnp.int32),
+    )
+
+  def chosen(self, codes: Float[Array, "r c"], ids: Int[Array, "n"]) -> Float[Array, "n c"]:
+    rows = len(codes)
+    parts = enumerate(jnp.split(codes, self.config.product_heads, 1))
+    found = [codebook_lookup.code_values(part, ids // rows**h % rows) for h, part in parts]
+    return jnp.concatenate(found, 1)
 
 
 def rotated(x: Float[Array, "n c"], values: Float[Array, "n c"]) -> Float[Array, "n c"]:
@@ -161,26 +211,68 @@ class AttentionLookup(CodebookLookup):
     return codebook_lookup.attention_ids(self.queries(x), codes.keys, chunk_size=chunk_size)
 
   def look_up(self, x: Float[Array, "n c"], codes: ProjectedCodes) -> Found:
-    found = codebook_lookup.attention_lookup(
-      self.queries(x),
-      codes.keys,
-      codes.values,
-      scale=self.config.attn_dim**-0.5,
-      temperature=self.config.entropy_temperature,
-      chunk_size=self.config.chunk_size,
-    )
-    sg = jax.lax.stop_gradient
-    loss = (
-      jnp.square(found.z - x).mean()
-      + jnp.square(sg(found.z_hard) - x).mean()
-      + self.beta * jnp.square(found.z_hard - sg(x)).mean()
-    )
-    return Found(found.ids, found.z, ProjectedCodes(found.k, found.v), loss, found.entropy_loss)
+    scale = self.config.attn_dim**-0.5
+    return _attention(x, self.queries(x), codes, scale, self.beta, self.config)
+
+
+class IndexBackpropagationLookup(CodebookLookup):
+  """IBQ, index backpropagation quantization (Shi et al., arXiv 2412.02692, section 3.2).
+
+  The code with the largest product with the vector. The gradient passes through the softmax of all
+  products, so that it reaches every code. Losses as of the attention look-up, which is this one
+  with projections and norms.
+  """
+
+  confidence_label = "probability"
+  default_beta = 0.25
+
+  def values(self) -> Float[Array, "v c"]:
+    return self.codebook[...]
+
+  def confidence(self, x: Float[Array | np.ndarray, "n c"]) -> Float[Array, "n v"]:
+    return jax.nn.softmax(jnp.matmul(jnp.asarray(x), self.values().T, precision="highest"))
+
+  def codes(self) -> ProjectedCodes:
+    return ProjectedCodes(self.values(), self.values())
+
+  def ids(self, x: Float[Array, "n c"], codes: ProjectedCodes) -> Int[Array, "n"]:
+    return codebook_lookup.attention_ids(x, codes.keys, chunk_size=self.config.chunk_size)
+
+  def look_up(self, x: Float[Array, "n c"], codes: ProjectedCodes) -> Found:
+    return _attention(x, x, codes, 1.0, self.beta, self.config)
+
+
+def _attention(
+  x: Float[Array, "n c"],
+  queries: Float[Array, "n _"],
+  codes: ProjectedCodes,
+  scale: float,
+  beta: float,
+  config: QuantizerConfig,
+) -> Found:
+  """Codes of the largest q·k, with the gradient of softmax(scale·q·k), and the losses."""
+  found = codebook_lookup.attention_lookup(
+    queries,
+    codes.keys,
+    codes.values,
+    scale=scale,
+    temperature=config.entropy_temperature,
+    chunk_size=config.chunk_size,
+  )
+  sg = jax.lax.stop_gradient
+  loss = (
+    jnp.square(found.z - x).mean()
+    + jnp.square(sg(found.z_hard) - x).mean()
+    + beta * jnp.square(found.z_hard - sg(x)).mean()
+  )
+  return Found(found.ids, found.z, ProjectedCodes(found.k, found.v), loss, found.entropy_loss)
 
 
 LOOKUPS: dict[str, type[Lookup]] = {
   "attention": AttentionLookup,
   "euclidean": EuclideanLookup,
+  "product": ProductLookup,
+  "ibq": IndexBackpropagationLookup,
   "fsq": FiniteScalarLookup,
   "lfq": LookupFree,
   "bsq": BinarySphericalLookup,

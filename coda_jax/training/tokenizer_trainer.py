@@ -232,12 +232,12 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     return state
 
   def _draw_codes(self, params: Arrays, frozen, key, images: jax.Array):
-    """[V, C] latents drawn from a batch, all different if it has that many; twice."""
+    """As many latents as the codebook has rows, all different if the batch has them; twice."""
     tokenizer = arrays.merge(self._networks.tokenizer, frozen["tokenizer"], params)
     key = jax.random.fold_in(jax.random.wrap_key_data(key), Stream.FIRST_CODES)
     latents = jax.lax.map(lambda x: tokenizer.latents(pipeline.normalize(x), key), images)
     latents = latents.reshape(-1, latents.shape[-1])
-    size = self.tokenizer_config.quantizer.codebook_size
+    size = len(params["quantizer.codebook"])
     codes = jax.random.choice(key, latents, (size,), replace=len(latents) < size)
     return codes, jnp.copy(codes)
 

@@ -23,10 +23,16 @@ def test_variants():
   assert full.lora is not None
   rotation = load("configs/mar.py:rq,rotation").tokenizer.quantizer
   assert rotation == dataclasses.replace(rq.tokenizer.quantizer, gradient="rotation")
-  for arg, lookup, codes in (("fsq", "fsq", 1000), ("lfq", "lfq", 1024), ("bsq", "bsq", 1024)):
-    scalar = load(f"configs/demo.py:{arg}").tokenizer
-    assert (scalar.quantizer.lookup, scalar.quantizer.codebook_size) == (lookup, codes)
-    assert scalar.lora is not None
+  for lookup, codes in (
+    ("product", 1024),
+    ("ibq", 1024),
+    ("fsq", 1000),
+    ("lfq", 1024),
+    ("bsq", 1024),
+  ):
+    further = load(f"configs/demo.py:{lookup}").tokenizer
+    assert (further.quantizer.lookup, further.quantizer.codebook_size) == (lookup, codes)
+    assert further.lora is not None
   assert load("configs/mar.py:codebook_size=65536,fsq").tokenizer.quantizer.codebook_size == 64000
   with pytest.raises(UserError, match="quantizer.gradient is 'rotation'"):
     load("configs/mar.py:rotation")

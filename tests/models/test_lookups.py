@@ -14,6 +14,9 @@ from coda_jax.models import lookups
 from tests import tiny
 from tests.models.test_quantizer import ATTENTION, EUCLIDEAN, latents, make
 
+IBQ = dataclasses.replace(ATTENTION, lookup="ibq", entropy_temperature=5.0)
+PRODUCT = dataclasses.replace(EUCLIDEAN, lookup="product")
+
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 @pytest.mark.parametrize("attn_dim", [8, 32])
@@ -57,13 +60,13 @@ def test_euclidean_matches_its_definition():
   np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3.0, rtol=1e-6)  # straight through
 
 
-@pytest.mark.parametrize("config", [ATTENTION, EUCLIDEAN])
+@pytest.mark.parametrize("config", [ATTENTION, EUCLIDEAN, IBQ, PRODUCT])
 def test_the_likeliest_code_is_the_one_that_is_found(config):
   quantizer = make(config)
   x = latents(9)
   sure = np.asarray(quantizer.confidence(x))
   np.testing.assert_array_equal(sure.argmax(1), quantizer.ids(x, quantizer.codes()))
-  if config is ATTENTION:
+  if config in (ATTENTION, IBQ):
     np.testing.assert_allclose(sure.sum(1), 1, rtol=1e-5)
   else:
     nearest = np.linalg.norm(x[0] - quantizer.values()[sure[0].argmax()])
@@ -83,6 +86,67 @@ def test_euclidean_codes_learn_from_the_loss_alone():
   gradient = jax.jit(jax.grad(loss), static_argnums=1)
   assert jnp.abs(gradient(codebook, True)).max() > 0
   assert jnp.abs(gradient(codebook, False)).max() == 0
+
+
+def test_ibq_matches_its_definition():
+  """One-hot + softmax − sg(softmax) over all codes, times the codes; three losses and entropies."""
+  x, g = latents(6), latents(6, seed=4)
+  quantizer = make(IBQ)
+
+  def definition(x, codebook):
+    sg = jax.lax.stop_gradient
+    logits = jnp.matmul(x, codebook.T, precision="highest")
+    p = jax.nn.softmax(logits)
+    hard = jax.nn.one_hot(logits.argmax(1), len(codebook))
+    z, z_hard = (hard + p - sg(p)) @ codebook, hard @ codebook
+    q = jax.nn.softmax(logits / IBQ.entropy_temperature)
+    entropy = -jax.scipy.special.xlogy(q, q).sum(1).mean() + (q.mean(0) * jnp.log(q.mean(0))).sum()
+    loss = jnp.square(z - x).mean() + jnp.square(sg(z_hard) - x).mean()
+    loss += 0.25 * jnp.square(z_hard - sg(x)).mean()
+    return (z * g).sum() + loss + entropy, (logits.argmax(1), loss, entropy)
+
+  def ours(x, codebook):
+    found = quantizer.look_up(x, lookups.ProjectedCodes(codebook, codebook))
+    total = (found.values * g).sum() + found.vq_loss + found.entropy_loss
+    return total, (found.ids, found.vq_loss, found.entropy_loss)
+
+  (expected, parts), (found, same) = (
+    jax.jit(jax.grad(f, (0, 1), has_aux=True))(x, quantizer.values()) for f in (definition, ours)
+  )
+  for a, b in zip((*found, *same), (*expected, *parts), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+  assert (np.abs(found[1]).max(1) > 0).all(), "the gradient reaches every code"
+
+
+def test_product_finds_the_nearest_code_of_each_part():
+  """All pairs of the 8 codes of either half in NumPy; loss and gradients too."""
+  quantizer, x = make(PRODUCT), latents(30)
+  rows, vectors = np.asarray(quantizer.codebook[...]), np.asarray(x)
+  assert rows.shape == (8, 16)
+  pairs = np.concatenate([np.tile(rows[:, :8], (8, 1)), np.repeat(rows[:, 8:], 8, 0)], 1)
+  np.testing.assert_array_equal(quantizer.values(), pairs)
+  ids = ((vectors[:, None] - pairs) ** 2).sum(-1).argmin(1)
+  found, pull = jax.vjp(jax.jit(lambda x, c: quantizer.look_up(x, c)[1:4:2]), x, quantizer.codes())
+  np.testing.assert_array_equal(quantizer.ids(x, quantizer.codes()), ids)
+  np.testing.assert_allclose(found[0], pairs[ids], atol=1e-6)
+  np.testing.assert_allclose(found[1], 1.25 * ((vectors - pairs[ids]) ** 2).mean(), rtol=1e-5)
+  to_x, to_codes = pull((x, 0.0))
+  np.testing.assert_array_equal(to_x, x)  # straight through
+  assert not to_codes.any()
+  expected = np.zeros_like(rows)
+  for part, own in ((slice(8), ids % 8), (slice(8, 16), ids // 8)):
+    np.add.at(expected[:, part], own, 2 * (rows[own, part] - vectors[:, part]) / vectors.size)
+  np.testing.assert_allclose(pull((0 * x, 1.0))[1], expected, atol=1e-6)
+
+
+def test_sizes_of_the_product_must_fit():
+  for change, message in (
+    ({"codebook_size": 60}, "codebook_size is 60.*power of 2, such as 64"),
+    ({"product_heads": 3}, "product_heads is 3; it must divide the 16 channels"),
+    ({"product_heads": 0}, "product_heads is 0"),
+  ):
+    with pytest.raises(UserError, match=message):
+      dataclasses.replace(PRODUCT, **change)
 
 
 def test_rotation_trick_matches_its_definition():
@@ -159,10 +223,11 @@ def test_parameters_lie_directly_below_the_quantizer():
     quantizer = make(dataclasses.replace(ATTENTION, norm=norm))
     norms = [f"norm_{x}.{y}" for x in "kq" for y in entries]
     assert list(arrays.of(quantizer)) == ["codebook", *norms, *projections]
-  assert list(arrays.of(make(EUCLIDEAN))) == ["codebook"]
+  for config in (EUCLIDEAN, PRODUCT, IBQ):
+    assert list(arrays.of(make(config))) == ["codebook"]
 
 
-@pytest.mark.parametrize(("config", "default"), [(ATTENTION, 0.05), (EUCLIDEAN, 0.25)])
+@pytest.mark.parametrize(("config", "default"), [(ATTENTION, 0.05), (EUCLIDEAN, 0.25), (IBQ, 0.25)])
 def test_beta_has_a_default(config, default):
   def loss(beta):
     return tiny.quantize(make(dataclasses.replace(config, beta=beta)), latents(1, 4, 4)).vq_loss
