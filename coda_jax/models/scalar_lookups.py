@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.lookup import Found, Lookup, QuantizerConfig, linear
+from coda_jax.models.lookup import Found, Lookup, QuantizerConfig
 
 # By V: the levels that the paper's Table 1 takes for 2^8, 2^10, 2^12, 2^14 and 2^16 codes.
 FSQ_LEVELS = {
@@ -28,13 +28,24 @@ class ScalarLookup(Lookup):
   """Base of these look-ups. Parameters: the projections `project_in` and `project_out`.
 
   The value is the projection of y + sg(ŷ − y): the gradient passes straight through rounding.
+  The projections start as an orthonormal map and its transpose, so that values start near vectors:
+  random ones that do not fit each other would amplify the residual from level to level.
   """
 
   def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
-    d = len(self.radices(config))
-    self.project_in = linear(config.code_dim, d, rngs)
-    self.project_out = linear(d, config.code_dim, rngs)
+    c, d = config.code_dim, len(self.radices(config))
+    start = nnx.initializers.orthogonal()(rngs.params(), (c, d))
+    ends = (c, d, start), (d, c, start.T / self._size)
+    self.project_in, self.project_out = (
+      nnx.Linear(cin, cout, precision="highest", kernel_init=lambda *_, x=x: x, rngs=rngs)
+      for cin, cout, x in ends
+    )
+
+  @property
+  def _size(self) -> float:
+    """The largest level."""
+    return 1.0
 
   @classmethod
   def radices(cls, config: QuantizerConfig) -> tuple[int, ...]:
@@ -157,10 +168,6 @@ class BinaryLookup(ScalarLookup):
         "is a power of 2"
       )
     return (2,) * bits
-
-  @property
-  def _size(self) -> float:
-    return 1.0
 
   def digits(self, y: Float[Array, "n d"]) -> Int[Array, "n d"]:
     return (y > 0).astype(jnp.int32)

@@ -23,13 +23,8 @@ def test_variants():
   assert full.lora is not None
   rotation = load("configs/mar.py:rq,rotation").tokenizer.quantizer
   assert rotation == dataclasses.replace(rq.tokenizer.quantizer, gradient="rotation")
-  for lookup, codes in (
-    ("product", 1024),
-    ("ibq", 1024),
-    ("fsq", 1000),
-    ("lfq", 1024),
-    ("bsq", 1024),
-  ):
+  for lookup in ("product", "ibq", "fsq", "lfq", "bsq"):
+    codes = 1000 if lookup == "fsq" else 1024
     further = load(f"configs/demo.py:{lookup}").tokenizer
     assert (further.quantizer.lookup, further.quantizer.codebook_size) == (lookup, codes)
     assert further.lora is not None

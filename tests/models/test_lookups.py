@@ -100,7 +100,9 @@ def test_ibq_matches_its_definition():
     hard = jax.nn.one_hot(logits.argmax(1), len(codebook))
     z, z_hard = (hard + p - sg(p)) @ codebook, hard @ codebook
     q = jax.nn.softmax(logits / IBQ.entropy_temperature)
-    entropy = -jax.scipy.special.xlogy(q, q).sum(1).mean() + (q.mean(0) * jnp.log(q.mean(0))).sum()
+    entropy = (
+      -jax.scipy.special.xlogy(q, q).sum(1).mean() + (q.mean(0) * jnp.log(q.mean(0) + 1e-5)).sum()
+    )
     loss = jnp.square(z - x).mean() + jnp.square(sg(z_hard) - x).mean()
     loss += 0.25 * jnp.square(z_hard - sg(x)).mean()
     return (z * g).sum() + loss + entropy, (logits.argmax(1), loss, entropy)

@@ -203,6 +203,14 @@ def test_saved_loaded_and_not_converted(config, tmp_path):
     to_torch(tmp_path / "saved", tmp_path / "torch")
 
 
+@ALL
+def test_values_start_near_vectors(config):
+  quantizer, x = ResidualQuantizer(config, rngs=nnx.Rngs(0)), latents(200)
+  kept = x @ quantizer.project_in.kernel[...] @ quantizer.project_in.kernel[...].T
+  error = jnp.square(look_up(quantizer, x).values - kept).mean() / jnp.square(kept).mean()
+  assert error < 0.6
+
+
 def test_sizes_must_fit():
   def config(lookup, size, *levels):
     return QuantizerConfig(size, (1,), lookup=lookup, fsq_levels=levels)
