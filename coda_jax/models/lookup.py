@@ -1,7 +1,6 @@
 """What all look-ups share: their config, what they find, and what they must do."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -175,13 +174,3 @@ class CodebookLookup(Lookup):
   def rows(cls, config: QuantizerConfig) -> int:
     """Rows of the codebook; V unless codes are made of parts of several."""
     return config.codebook_size
-
-
-def linear(cin: int, cout: int, rngs: nnx.Rngs) -> nnx.Linear:
-  """y = x W + b in full float32, PyTorch's default initialisation."""
-  bound = 1 / math.sqrt(cin)
-
-  def init(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
-
-  return nnx.Linear(cin, cout, precision="highest", kernel_init=init, bias_init=init, rngs=rngs)

@@ -4,6 +4,7 @@ A further look-up is a class that derives from `Lookup` and a line in `LOOKUPS`.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,6 @@ from coda_jax.models.lookup import (
   Found,
   Lookup,
   QuantizerConfig,
-  linear,
 )
 from coda_jax.models.scalar_lookups import BinarySphericalLookup, FiniteScalarLookup, LookupFree
 from coda_jax.ops import codebook_lookup
@@ -143,6 +143,16 @@ NORMS = {
 }
 
 
+def _linear(cin: int, cout: int, rngs: nnx.Rngs) -> nnx.Linear:
+  """y = x W + b in full float32, PyTorch's default initialisation."""
+  bound = 1 / math.sqrt(cin)
+
+  def init(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+  return nnx.Linear(cin, cout, precision="highest", kernel_init=init, bias_init=init, rngs=rngs)
+
+
 class AttentionLookup(CodebookLookup):
   """The code with the largest attention weight (CODA, Eq. 6 to 8).
 
@@ -163,8 +173,8 @@ class AttentionLookup(CodebookLookup):
   def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     c, d = config.code_dim, config.attn_dim
-    self.to_q, self.to_k = linear(c, d, rngs), linear(c, d, rngs)
-    self.to_v = linear(c, c, rngs)
+    self.to_q, self.to_k = _linear(c, d, rngs), _linear(c, d, rngs)
+    self.to_v = _linear(c, c, rngs)
     if norm := NORMS[config.norm]:
       self.norm_q, self.norm_k = (norm(d, epsilon=1e-5, rngs=rngs) for _ in range(2))
 
