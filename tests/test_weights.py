@@ -47,6 +47,10 @@ def test_fingerprint_follows_what_decides_ids_and_pixels():
   assert weights.fingerprint(faster, flat) == one
   assert weights.fingerprint({"quantizer": {"codebook_size": 3}}, flat) != one
   assert weights.fingerprint(fields, {"a": np.ones(2)}) != one
+  added = {"fsq_levels": [], "product_heads": 2, "gradient": "rotation"}
+  assert weights.fingerprint({"quantizer": fields["quantizer"] | added}, flat) == one
+  added["fsq_levels"] = [2]
+  assert weights.fingerprint({"quantizer": fields["quantizer"] | added}, flat) != one
   later = lambda patch: weights.fingerprint({**fields, "vae": {"norm_patch": patch}}, flat)
   assert later(0) == weights.fingerprint({**fields, "vae": {}}, flat) != later(2)
 
