@@ -148,7 +148,7 @@ class FiniteScalarLookup(ScalarLookup):
     return (digits - self._width()) / self._width()
 
   def _width(self) -> np.ndarray:
-    return np.float32(np.array(self.radices(self.config)) // 2)
+    return np.array(self.radices(self.config), np.float32) // 2
 
 
 class BinaryLookup(ScalarLookup):
