@@ -186,6 +186,19 @@ def test_euclidean_codes_start_as_latents(euclidean):
 
 
 @pytest.mark.slow
+def test_product_codes_start_as_latents(euclidean):
+  """As many as the codebook has rows, 8 for 64 codes, spread as those of the Euclidean one."""
+  product = make_trainer(c.variant(euclidean.config, "product"))
+  starts = []
+  for trainer in (product, euclidean):
+    with jax.set_mesh(trainer.mesh):
+      starts.append(np.asarray(trainer.initial_state().params["quantizer.codebook"]))
+  assert [x.shape for x in starts] == [(8, 16), (64, 16)]
+  assert len(np.unique(starts[0], axis=0)) == 8
+  np.testing.assert_allclose(starts[0].std(), starts[1].std(), rtol=0.5)
+
+
+@pytest.mark.slow
 def test_accumulation_averages_gradients(euclidean):
   with jax.set_mesh(euclidean.mesh):
     state, batches = euclidean.initial_state(), euclidean.batches(0)
