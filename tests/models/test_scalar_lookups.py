@@ -22,6 +22,10 @@ LFQ = QuantizerConfig(32, (1, 2), lookup="lfq", entropy_temperature=0.5)
 BSQ = dataclasses.replace(LFQ, lookup="bsq", beta=0.5)
 ALL = pytest.mark.parametrize("config", [FSQ, LFQ, BSQ], ids=["fsq", "lfq", "bsq"])
 
+SLOW_LFQ = pytest.mark.parametrize(
+  "config", [FSQ, pytest.param(LFQ, marks=pytest.mark.slow), BSQ], ids=["fsq", "lfq", "bsq"]
+)
+
 
 def make(config, **params):
   """A quantizer with random projections, or those that are given."""
@@ -177,7 +181,7 @@ def test_every_id_has_a_value_of_its_own(config):
   )
 
 
-@ALL
+@SLOW_LFQ
 def test_levels_agree_in_encode_decode_and_call(config):
   quantizer, x = make(config), latents(2, 2, 2)
   names = [f"project_{end}.{x}" for end in ("in", "out") for x in ("bias", "kernel")]
@@ -191,7 +195,7 @@ def test_levels_agree_in_encode_decode_and_call(config):
   np.testing.assert_array_equal(likeliest, quantizer.ids(vectors, quantizer.codes()))
 
 
-@pytest.mark.parametrize("config", [FSQ, BSQ], ids=["fsq", "bsq"])
+@pytest.mark.parametrize("config", [FSQ, pytest.param(BSQ, marks=pytest.mark.slow)])
 def test_saved_loaded_and_not_converted(config, tmp_path):
   shape = dataclasses.replace(config, patch_sizes=(1, 8))
   tokenizer = tiny.tokenizer(dataclasses.replace(tiny.TOKENIZER, quantizer=shape, lora=None))
@@ -203,7 +207,7 @@ def test_saved_loaded_and_not_converted(config, tmp_path):
     to_torch(tmp_path / "saved", tmp_path / "torch")
 
 
-@ALL
+@SLOW_LFQ
 def test_values_start_near_vectors(config):
   quantizer, x = ResidualQuantizer(config, rngs=nnx.Rngs(0)), latents(200)
   kept = x @ quantizer.project_in.kernel[...] @ quantizer.project_in.kernel[...].T
