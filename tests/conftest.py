@@ -27,7 +27,7 @@ from tests.goldens import values  # noqa: E402
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # Another case of the same kind stays in `make test`.
 SLOW_GOLDENS = ("clip_text", "dino_disc_64", "inception_256", "quantizer_mar_nonorm", "mar_vae")
-SLOW_GOLDENS += ("train_step_flux", "quantizer_flux_layer", "coda_flux_vae")
+SLOW_GOLDENS += ("train_step_flux", "quantizer_flux_layer", "coda_flux_vae", "coda_mar_vae")
 SLOW_GOLDENS += ("flux_vae_bfl", "sd_vae_ldm_small", "sd3_vae_small", "flux2_vae_diffusers_small")
 
 

@@ -120,7 +120,9 @@ def reached(*args, **kwargs):
   raise Reached("everything was right")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "visualize")) for n in COMMANDS]
+)
 def test_options(here, name, monkeypatch, capsys):
   module, base = COMMANDS[name]
   stop = "_write" if name == "tokenize_dataset" else "written_aside"
@@ -191,6 +193,7 @@ def leaves(config, prefix=""):
       yield prefix + key
 
 
+@pytest.mark.slow
 def test_config_keys(here, monkeypatch, capsys):
   monkeypatch.setattr(registry, "make_trainer", reached)
   before, tried, refused = tree(here), 0, 0

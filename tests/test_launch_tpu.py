@@ -239,6 +239,7 @@ def test_a_result_before_the_preemption_ends_it(cloud):
   assert len(cloud.calls("queued-resources create")) == 1
 
 
+@pytest.mark.slow
 def test_more_preemptions_than_failures_are_allowed(cloud):
   cloud.play(75, "preempt", "lose", 1, 75, 1, "done")
   out = cloud("babysit", *TPU, "--spot", *COMMAND)

@@ -64,6 +64,7 @@ def test_a_folder_of_several_sizes(folder, tmp_path, capsys):
     run(folder, folder / "images", out)
 
 
+@pytest.mark.slow
 def test_sizes_that_the_stride_does_not_divide(folder, tmp_path):
   out = tmp_path / "out"
   with pytest.raises(UserError, match=r"odd.png.*25 x 17.*stride 2.*--crop.*--image-size"):

@@ -261,6 +261,7 @@ print(sorted(p.name for p in folder.iterdir()))
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_bucket(gcs):
   """The last ones are kept; a damaged one is set aside and its step is saved again."""
   assert python(CHECKPOINTS, gcs) == ["[2, 3]", "2 True", "[2]", "['2', '3', '3.damaged']"]

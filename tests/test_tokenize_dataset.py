@@ -122,6 +122,7 @@ def test_what_an_older_version_left_is_refused_if_unfinished(folder, flipped, tm
   assert sorted(p.name for p in old.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_ten_crop_and_random_crops_count(folder, flipped, tmp_path):
   ten = tokenize(folder, tmp_path / "ten", "--ten-crop")
   assert len(ten) == 240 and ten.manifest["images"] == 240 and len(ten.sizes) > 3
@@ -165,6 +166,7 @@ def test_unreadable_images_are_left_out_and_too_many_are_an_error(images):
     tokenize(folder, folder / "none", "--max-unreadable", "0")
 
 
+@pytest.mark.slow
 def test_shards_that_lack_a_repaired_image_are_made_again(images, monkeypatch):
   folder, bad = images
   with pytest.raises(UserError, match="2 of 24"):

@@ -86,7 +86,7 @@ def save(path, state, **extra):
     ("flux2-vae", ["flux2_vae_diffusers"], FLUX2_VAE),
     ("lpips", ["vgg16_torchvision", "lpips_vgg_heads"], {"kind": "lpips"}),
     ("dino", ["dino_deitsmall16"], {"kind": "dino"}),
-    ("inception", ["inception_fid"], {"kind": "inception"}),
+    pytest.param("inception", ["inception_fid"], {"kind": "inception"}, marks=pytest.mark.slow),
   ],
 )
 def test_published_layouts_fit(layout, keys, config):

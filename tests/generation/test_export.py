@@ -26,6 +26,7 @@ CONFIG = MaskGITConfig(
     ),
   ],
 )
+@pytest.mark.slow
 def test_every_platform_has_a_program(settings, monkeypatch):
   codes = jax.random.normal(jax.random.key(5), (CONFIG.codebook_size, CONFIG.code_dim))
   model = nnx.jit(lambda: MaskGIT(CONFIG, codes=codes, rngs=nnx.Rngs(0)))()

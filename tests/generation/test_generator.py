@@ -43,6 +43,7 @@ def save(path, order="uniform"):
   return path / "generator"
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path):
   loaded = coda_jax.load_generator(save(tmp_path))
   classes = ["dog", 2]

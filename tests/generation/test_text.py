@@ -89,6 +89,7 @@ def test_the_public_generator_pads_prompts(folder, generator, monkeypatch):
   assert seen[0]["negative_prompts"] == ["d", "e", "f", None] and seen[0]["first"] == 2
 
 
+@pytest.mark.slow
 def test_guidance_leads_away_from_the_negative_prompt(generator):
   wanted = ["a red bird", "two cars"]
   draw = functools.partial(generator.generate, prompts=wanted, guidance_ramp="constant", **HOW)

@@ -48,6 +48,7 @@ def count(config):
   return sum(v.size for v in flat.values() if not isinstance(v, Codes))
 
 
+@pytest.mark.slow
 def test_large_counts_195_million():
   assert count(L) == pytest.approx(195e6, rel=0.02)
 
@@ -82,6 +83,7 @@ def test_depends_on_tokens_mask_positions_and_condition():
   assert (np.abs(seen[0] - seen[1]).max(-1) > 0).all()  # every position sees the last
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
   def gradient(settings):
     graphdef, params, rest = nnx.split(model(**settings), nnx.Param, ...)

@@ -195,7 +195,8 @@ def test_levels_agree_in_encode_decode_and_call(config):
   np.testing.assert_array_equal(likeliest, quantizer.ids(vectors, quantizer.codes()))
 
 
-@pytest.mark.parametrize("config", [FSQ, pytest.param(BSQ, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", [FSQ, BSQ])
+@pytest.mark.slow
 def test_saved_loaded_and_not_converted(config, tmp_path):
   shape = dataclasses.replace(config, patch_sizes=(1, 8))
   tokenizer = tiny.tokenizer(dataclasses.replace(tiny.TOKENIZER, quantizer=shape, lora=None))

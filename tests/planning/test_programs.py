@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_an_update_is_the_trainers(folder):
   settings = runs.config(folder, mesh__fsdp=2, data__accumulation=2, ema__start_epoch=0)
   devices = jax.devices()[:4]
