@@ -1,8 +1,7 @@
 """The demo: a continuous VAE becomes a discrete tokenizer on the embedded photos.
 
-Runs the commands that a user would run, its two trainings side by side, makes a tokenizer of the
-same bits without training, and prints where the report is. `make demo` calls it; run again it
-continues where it stopped.
+Runs the commands that a user would run, its two trainings side by side, and prints where the report
+is. `make demo` calls it; run again it continues where it stopped.
 """
 
 import os
@@ -56,16 +55,10 @@ def main() -> None:
       sys.exit(log.read_text())
   finally:
     without.terminate()
-  if not (OUT / "free").exists():
-    command(
-      "coda_jax.discretize", "--vae", "demo/vae", "--data", "embedded@train", "--image-size", "64",
-      "--resize-ratio", "1.5", "--bits", "6800", "--output", "demo/free",
-    )  # fmt: skip
   shutil.rmtree(OUT / "report", ignore_errors=True)
   command(
     "coda_jax.visualize", "--tokenizer", "demo/lora/tokenizer", "--name", "with LoRA",
-    "--compare", "without LoRA=demo/no_lora/tokenizer",
-    "--compare", "without training=demo/free", "--title", "CODA demo",
+    "--compare", "without LoRA=demo/no_lora/tokenizer", "--title", "CODA demo",
     "--data", "embedded@val", "--tokens-per-code", "20", "--output", "demo/report",
   )  # fmt: skip
   minutes = (time.monotonic() - began) / 60
