@@ -6,7 +6,6 @@ for each; see `coda_jax.discretization`. The result is a tokenizer's directory l
 
 import argparse
 import dataclasses
-import logging
 import math
 
 import jax
@@ -19,8 +18,6 @@ from coda_jax.discretization import codebooks
 from coda_jax.discretization.fit import BLOCKS, Fitted, fit
 from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import AutoencoderKL
-
-log = logging.getLogger("coda_jax")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The mesh, and where arrays lie on it."""
 
+import functools
 import math
 import re
 
@@ -85,6 +86,7 @@ def check_batch(name: str, size: int, mesh: Mesh) -> None:
     raise UserError(f"{name} is {size} images; the mesh splits it over {shards} devices evenly")
 
 
+@functools.cache  # every batch asks
 def batch_parts(mesh: Mesh) -> list[list[int]]:
   """The processes that hold each part of a global batch, first part first.
 

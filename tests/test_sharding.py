@@ -1,3 +1,4 @@
+import inspect
 import types
 
 import jax
@@ -67,7 +68,7 @@ def test_processes_along_model_read_the_same_images(shape, devices, parts):
   mesh = types.SimpleNamespace(
     devices=np.array(devices).reshape(shape), shape=dict(zip(sharding.AXES, shape, strict=True))
   )
-  assert sharding.batch_parts.__wrapped__(mesh) == parts
+  assert inspect.unwrap(sharding.batch_parts)(mesh) == parts
 
 
 def test_processes_that_share_part_of_their_images():
@@ -76,7 +77,7 @@ def test_processes_that_share_part_of_their_images():
     devices=np.array(devices[:6]).reshape(2, 1, 3), shape={"data": 2, "fsdp": 1, "model": 3}
   )
   with pytest.raises(UserError, match="config.mesh: model=3 cuts the devices of a host"):
-    sharding.batch_parts.__wrapped__(mesh)
+    inspect.unwrap(sharding.batch_parts)(mesh)
 
 
 class Local:

@@ -20,7 +20,6 @@ class Fitted:
 
   Attributes:
     config: its shape; parameters: by path within the quantizer.
-    bits: of an image.
     error, bound: weighed error of a block / that of its mean: reached, and the least that any code
       of Gaussian coordinates reaches at these bits.
     latent_error: squared error of the latents / their variance.
@@ -84,11 +83,12 @@ def _fit(train, test, gradients, bits: float, codes: int, method: str, block: in
   x = transform.coordinates(train)
   levels = codebooks.METHODS[method](x, transform.variances, budget)
   order = [i for level in levels for factor in level for i in factor.coordinates]
+  level_codes = tuple(math.prod(len(f.codes) for f in level) for level in levels)
   config = TransformConfig(
-    codebook_size=sum(math.prod(len(f.codes) for f in level) for level in levels),
+    codebook_size=sum(level_codes),
     patch_sizes=(train.shape[1] // block,) * len(levels),
     code_dim=len(transform.mean),
-    level_codes=tuple(math.prod(len(f.codes) for f in level) for level in levels),
+    level_codes=level_codes,
     factor_codes=tuple(len(f.codes) for level in levels for f in level),
     factor_dims=tuple(len(f.coordinates) for level in levels for f in level),
     block=block,
@@ -104,11 +104,11 @@ def _fit(train, test, gradients, bits: float, codes: int, method: str, block: in
   made = codebooks.quantized(transform.coordinates(test), levels) @ transform.synthesis
   made = from_blocks((made + transform.mean).reshape(*_grid(test, block), -1), block)
   error = test - made
-  mean = weighed.coordinates(test)
+  variance = np.square(weighed.coordinates(test)).sum()
   return Fitted(
     config,
     parameters,
-    error=_squared(weighed, error) / float(np.square(mean).sum()),
+    error=float(np.square(weighed.differences(error)).sum() / variance),
     bound=coding.gaussian_error(weighed.variances, config.bits / per_image)
     / float(weighed.variances.sum()),
     latent_error=float(np.square(error).sum() / np.square(test - test.mean((0, 1, 2))).sum()),
@@ -119,8 +119,3 @@ def _fit(train, test, gradients, bits: float, codes: int, method: str, block: in
 def _grid(latents: np.ndarray, block: int) -> tuple[int, int, int]:
   n, h, w, _ = latents.shape
   return n, h // block, w // block
-
-
-def _squared(transform: transforms.Transform, error: np.ndarray) -> float:
-  """Weighed error summed over all blocks."""
-  return float(np.square(transform.coordinates(error) + transform.mean @ transform.analysis).sum())

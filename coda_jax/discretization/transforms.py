@@ -37,8 +37,15 @@ class Transform:
 
   def coordinates(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "m d"]:
     """Coordinates of all blocks of latents."""
+    return (self._rows(latents) - self.mean) @ self.analysis
+
+  def differences(self, error: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "m d"]:
+    """What an error of latents is in coordinates."""
+    return self._rows(error) @ self.analysis
+
+  def _rows(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "m d"]:
     blocks = np.asarray(to_blocks(latents, self.block))
-    return (blocks.reshape(-1, blocks.shape[-1]) - self.mean) @ self.analysis
+    return blocks.reshape(-1, blocks.shape[-1])
 
 
 def moments(

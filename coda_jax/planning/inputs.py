@@ -138,12 +138,12 @@ def _for_generator(
     names = [] if text else [str(i) for i in range(settings.model.num_classes or _CLASSES)]
   encoder = data.text_encoder
   if text and encoder and not _is_there(encoder):
-    captions, make = (
-      text["kind"] == "captions",
-      lambda: CLIPText(CLIPTextConfig(), rngs=nnx.Rngs(0)),
-    )
-    shape = {"clip_text": dataclasses.asdict(CLIPTextConfig())}  # of ViT-L/14
-    encoder = _write(folder / "text", "clip-text", shape, make) if captions else ""
+    encoder = ""
+    if text["kind"] == "captions":
+      shape = CLIPTextConfig()  # of ViT-L/14
+      make = lambda: CLIPText(shape, rngs=nnx.Rngs(0))
+      described = {"clip_text": dataclasses.asdict(shape)}
+      encoder = _write(folder / "text", "clip-text", described, make)
   write_tokens(folder / "tokens", fields, names, text)
   where_tokens = str(folder / "tokens")
   data = dataclasses.replace(
