@@ -9,7 +9,7 @@ export JAX_PLATFORMS ?= cpu
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev,perceptual]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,perceptual]'
 	touch $@
 
 test: $(VENV)/.done lint

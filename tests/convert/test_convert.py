@@ -423,7 +423,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_nothing_is_left_when_the_disk_is_full(tmp_path):
   file = save(tmp_path / "vae.pth", small_state())
   limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]  # files of 100 KB
-  words = [sys.executable, "-m", "convert", "mar-vae", file, "--output", tmp_path / "out"]
+  # -B: Python would cut the bytecode that it keeps, too, and later imports would fail.
+  words = [sys.executable, "-B", "-m", "convert", "mar-vae", file, "--output", tmp_path / "out"]
   done = subprocess.run([*limited, *words], capture_output=True, text=True, check=False)
   assert done.returncode == 1
   (line,) = done.stderr.strip().splitlines()

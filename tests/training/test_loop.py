@@ -6,6 +6,7 @@ import os
 import pathlib
 import resource
 import signal
+import sys
 import time
 import types
 
@@ -300,9 +301,10 @@ def test_not_finite(tmp_path):
     (10_000, "cannot save .*; the last complete one is of step 2"),
   ],
 )
-def test_disk_full(tmp_path, reference, room, message):
+def test_disk_full(tmp_path, reference, room, message, monkeypatch):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with EFBIG instead
+  monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut, too
 
   def fill(step):
     if step == 3:  # the checkpoint of step 2 may still be being written
