@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from coda_jax.config import MaskingSettings
 from coda_jax.models.maskgit import MaskGIT
-from coda_jax.ops.cross_entropy import cross_entropy
+from coda_jax.ops.cross_entropy import CrossEntropy, cross_entropy
 
 
 def draw_mask(
@@ -53,7 +53,7 @@ def masked_loss(
     ids: codes of all levels.
     condition: what `model.condition` takes: classes, -1 for none, or embeddings of texts.
     key: of the mask and of the conditions that are dropped.
-    label_smoothing: part of the target spread evenly over all codes.
+    label_smoothing: part of the target spread evenly over all codes that the loss is among.
     class_dropout: part of the images whose condition is replaced by the one that stands for none.
   """
   c = model.config
@@ -66,16 +66,39 @@ def masked_loss(
   hidden = model(jnp.where(mask, c.mask_id, ids), model.condition.drop(condition, drop))
   masked = mask.astype(jnp.float32)
   weight = masked * balance
-  found = cross_entropy(
-    hidden.reshape(-1, hidden.shape[-1]),
-    *model.output_table(),
-    ids.reshape(-1),
-    weights=weight.reshape(-1),
-    label_smoothing=label_smoothing,
-  )
-  per_token = jnp.stack(
-    [masked, found.loss.reshape(ids.shape) / balance, masked * found.correct.reshape(ids.shape)]
-  )
+  loss, correct = _cross_entropy(model, hidden, ids, weight, label_smoothing)
+  per_token = jnp.stack([masked, loss / balance, masked * correct])
   of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
   sums = jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
-  return found.loss.sum() / weight.sum(), sums
+  return loss.sum() / weight.sum(), sums
+
+
+def _cross_entropy(
+  model: MaskGIT,
+  hidden: Float[Array, "b n d"],
+  ids: Int[Array, "b n"],
+  weights: Float[Array, "b n"],
+  label_smoothing: float,
+) -> CrossEntropy:
+  """Of each token, among all codes, or among those of its level if levels have their own."""
+  c = model.config
+  table, bias = model.output_table()
+  found = []
+  token = code = 0
+  for n, v in zip(
+    [p * p for p in c.patch_sizes] if c.level_codes else [c.tokens],
+    c.level_codes or [c.codebook_size],
+    strict=True,
+  ):
+    at, of = np.s_[:, token : token + n], np.s_[code : code + v]
+    part = cross_entropy(
+      hidden[at].reshape(-1, hidden.shape[-1]),
+      table[of],
+      bias[of],
+      ids[at].reshape(-1) - code,
+      weights=weights[at].reshape(-1),
+      label_smoothing=label_smoothing,
+    )
+    found.append([x.reshape(len(ids), n) for x in part])
+    token, code = token + n, code + v
+  return CrossEntropy(*(jnp.concatenate(x, 1) for x in zip(*found, strict=True)))

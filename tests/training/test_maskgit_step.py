@@ -44,6 +44,28 @@ def test_level_balance(balance):
   np.testing.assert_allclose(losses / count, np.log(32), rtol=0.1)  # a fresh model's guess
 
 
+def test_levels_with_codes_of_their_own():
+  """The loss is that of the sampler's distribution: codes of other levels have no part in it."""
+  m = MaskGITConfig(16, 0, 1, 2, (1, 2), 7, embedding="table", level_codes=(3, 4))
+  model = MaskGIT(m, rngs=nnx.Rngs(0))
+  model.bias[...] = jnp.arange(7.0)
+  ids = jax.random.randint(jax.random.key(1), (8, 5), 0, 3) + 3 * (m.levels > 0)
+  settings, classes = c.MaskingSettings(ratio="cosine"), jnp.zeros(8, jnp.int32)
+
+  @nnx.jit
+  def run(model):
+    key = jax.random.key(0)
+    mask = draw_mask(jax.random.split(key)[0], settings, m.levels, 8)
+    logits = model.logits(model(jnp.where(mask, m.mask_id, ids), classes))
+    theirs = m.levels[:, None] != m.level_of_code
+    losses = nnx.log_softmax(jnp.where(theirs, -jnp.inf, logits))
+    wanted = -jnp.take_along_axis(losses, ids[..., None], -1)[..., 0].mean(where=mask)
+    return masked_loss(model, ids, classes, key, settings)[0], wanted
+
+  loss, wanted = run(model)
+  assert_close(loss, wanted, 1e-5)
+
+
 @pytest.mark.slow
 def test_dropped_texts_do_not_count():
   m = MaskGITConfig(16, 0, 1, 0, (1, 2), 32, embedding="table", text=TextShape(3, 4))
