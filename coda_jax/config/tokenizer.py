@@ -31,12 +31,16 @@ class TokenizerSettings:
     quantizer: the quantizer.
     lora: adapters, or None to leave the VAE as it is.
     image_size: side of the training images in pixels.
+    start: directory of a tokenizer to start from, trained or made by `python -m coda_jax.discretize`.
+      Its VAE, quantizer, adapters and image size replace those above; `lora` is added to a
+      tokenizer without adapters.
   """
 
   vae: str
   quantizer: QuantizerConfig
   lora: LoRAConfig | None = None
   image_size: int = ranged(256, least=1)
+  start: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def stand_in(settings, folder: pathlib.Path, tokenizer: c.TrainConfig | None = N
 
 def _for_tokenizer(settings: c.TrainConfig, folder: pathlib.Path) -> c.TrainConfig:
   replace, t = dataclasses.replace, settings.tokenizer
-  if not _is_there(t.vae):
+  if not t.start and not _is_there(t.vae):
     vae = vae_config(t)
     fields = {"vae": dataclasses.asdict(vae)}
     make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))

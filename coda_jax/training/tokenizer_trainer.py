@@ -125,7 +125,14 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
 
   @classmethod
   def resolved(cls, config: TrainConfig) -> TrainConfig:
-    """Without LPIPS weights the perceptual term is left out, with a line that says so."""
+    """With the image size of the tokenizer to start from.
+
+    Without LPIPS weights the perceptual term is left out, with a line that says so.
+    """
+    if config.tokenizer.start:
+      size = weights.read_config(config.tokenizer.start, "tokenizer")["image_size"]
+      tokenizer = dataclasses.replace(config.tokenizer, image_size=size)
+      config = dataclasses.replace(config, tokenizer=tokenizer)
     losses = config.losses
     if not losses.perceptual or losses.perceptual_weights or weights.has_lpips_package():
       return config
@@ -141,9 +148,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     self._optimizer, self.learning_rate = make_optimizer(config.optimizer, self.steps)
     self._disc_optimizer, _ = make_optimizer(config.adversarial.optimizer, self.steps)
 
-    t = config.tokenizer
-    vae = weights.load_vae(t.vae)
-    self.tokenizer_config = TokenizerConfig(vae.config, t.quantizer, t.lora, t.image_size)
+    self.tokenizer_config, given = self._start()
     lpips = self._load_lpips()
     key = jax.random.key(0)
     tokenizer = nnx.eval_shape(lambda: self._make_tokenizer(key))
@@ -153,7 +158,6 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     trained = arrays.of(tokenizer, self._trained)
     if not trained:
       raise UserError(f"config.trainable={config.trainable} matches no parameter: nothing to train")
-    given = {f"vae.{path}": x for path, x in arrays.of(vae).items()}
     frozen = {path: x for path, x in given.items() if path not in trained}
     frozen |= self._fresh_frozen(set(arrays.of(tokenizer)) - set(trained) - set(frozen))
     frozen_by_network = {"tokenizer": frozen}
@@ -168,6 +172,17 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       in_shardings=(self._state_shardings.ema, self._shardings(self._frozen), batch),
       out_shardings=batch,
     )
+
+  def _start(self) -> tuple[TokenizerConfig, Arrays]:
+    """Shape of the tokenizer, and what it starts with: a VAE's arrays, or those of a tokenizer."""
+    t = self.config.tokenizer
+    if not t.start:
+      vae = weights.load_vae(t.vae)
+      shape = TokenizerConfig(vae.config, t.quantizer, t.lora, t.image_size)
+      return shape, {f"vae.{path}": x for path, x in arrays.of(vae).items()}
+    start = weights.load_tokenizer(t.start)
+    log.info("starting from %s: its VAE, quantizer and image size", t.start)
+    return dataclasses.replace(start.config, lora=start.config.lora or t.lora), arrays.of(start)
 
   def _load_lpips(self):
     """LPIPS for the loss or for evaluations; None if neither wants it or it is not installed."""
@@ -198,7 +213,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     return jax.jit(draw)(jax.random.key(self.config.seed))
 
   def _fresh_state(self, key: jax.Array, given: Arrays) -> TrainState:
-    """Fresh adapters, quantizer and heads; of the VAE's own arrays none is drawn."""
+    """Fresh adapters, quantizer and heads, but for the arrays that are given."""
     params = arrays.of(self._make_tokenizer(key), self._trained) | given
     heads = Heads({}, {})
     rngs = nnx.Rngs(jax.random.fold_in(key, Stream.DISCRIMINATOR))
@@ -221,7 +236,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     state = super().initial_state()
     codes = "quantizer.codebook"
     lookup = self.tokenizer_config.quantizer.lookup_class
-    if lookup.codes_start_as_latents and codes in state.params:
+    if lookup.codes_start_as_latents and codes in state.params and codes not in self._given:
       batches = self.batches(0)
       places = self._state_shardings.params[codes], self._state_shardings.ema[codes]
       draw = jax.jit(self._draw_codes, out_shardings=places)
@@ -363,7 +378,9 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     ema, frozen = sharding.gather((state.ema, self._frozen["tokenizer"]), self.mesh)
     if jax.process_index() == 0:
       tokenizer = arrays.merge(self._networks.tokenizer, frozen, ema)
-      made = {"continuous VAE": self.config.tokenizer.vae, **self.origin(state, workdir)}
+      t = self.config.tokenizer
+      of = {"started from": t.start} if t.start else {"continuous VAE": t.vae}
+      made = of | self.origin(state, workdir)
       weights.save_tokenizer(tokenizer, workdir / self.product, made, averaged=True)
 
 

@@ -8,16 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from coda_jax import arrays, sharding, weights
 from coda_jax import config as c
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
+from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.transform_quantizer import TransformConfig
 from coda_jax.training import loop
 from coda_jax.training.checkpoints import Checkpoints
 from coda_jax.training.logging import read_metrics
 from coda_jax.training.tokenizer_step import Heads, loss_and_gradients
 from coda_jax.training.tokenizer_trainer import TokenizerTrainer
+from tests import tiny
 from tests.training import runs
 
 ADVERSARIAL = c.AdversarialSettings(
@@ -293,6 +297,38 @@ def test_patch_sizes_must_fit(folder):
 def test_nothing_to_train(folder):
   with pytest.raises(UserError, match="config.trainable=.* matches no parameter"):
     make_trainer(runs.config(folder, trainable=(("LoRAParam", ""),), tokenizer__lora=None))
+
+
+def test_start_from_a_tokenizer(folder, tmp_path):
+  """Its codes stay while the decoder's adapters train; a second run takes up its adapters."""
+  quantizer = TransformConfig(10, (8, 8), 64, (6, 4), (3, 2, 4), (1, 1, 2), block=2)
+  make = lambda: Tokenizer(TokenizerConfig(runs.VAE, quantizer, None, 16), rngs=nnx.Rngs(0))
+  given = tiny.random_params(make)
+  weights.save_tokenizer(weights.build(make, given, "test"), tmp_path / "given")
+  trainable = (("LoRAParam", "decoder"),)
+  start = {"tokenizer__start": str(tmp_path / "given"), "tokenizer__image_size": 256}
+  config = runs.config(folder, **start, tokenizer__vae="", trainable=trainable)
+  trainer = make_trainer(TokenizerTrainer.resolved(config))
+  first, losses = first_updates(trainer, 2)
+  assert len(losses) == 2 and all(".decoder." in name for name in first.params)
+
+  trainer.export(first, tmp_path)
+  ours = weights.load_tokenizer(tmp_path / "tokenizer")
+  assert ours.config == dataclasses.replace(make().config, lora=runs.LORA)
+  for path, value in arrays.of(ours).items():
+    if ".lora_" not in path:
+      np.testing.assert_array_equal(value, given[path], path)
+  changes = {"tokenizer__start": str(tmp_path / "tokenizer"), "tokenizer__lora": None}
+  again = make_trainer(TokenizerTrainer.resolved(runs.config(folder, **changes)))
+  state = again.initial_state()
+  for path, value in first.ema.items():
+    np.testing.assert_array_equal(state.params[path], value, path)
+  assert "quantizer.codebooks.0" in state.params
+
+
+def test_missing_start(folder):
+  with pytest.raises(UserError, match="nowhere"):
+    TokenizerTrainer.resolved(runs.config(folder, tokenizer__start="nowhere"))
 
 
 def test_missing_vae(folder):
