@@ -31,9 +31,9 @@ class TokenizerSettings:
     quantizer: the quantizer.
     lora: adapters, or None to leave the VAE as it is.
     image_size: side of the training images in pixels.
-    start: directory of a tokenizer to start from, trained or made by `python -m coda_jax.discretize`.
-      Its VAE, quantizer, adapters and image size replace those above; `lora` is added to a
-      tokenizer without adapters.
+    start: directory of a tokenizer to start from, trained or made by `coda_jax.discretize`. Its
+      VAE, quantizer, adapters and image size replace those above; `lora` is added to a tokenizer
+      without adapters.
   """
 
   vae: str
