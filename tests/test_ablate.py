@@ -1,6 +1,7 @@
 """The command: rows train once, what is there stays, rows that fail are named; bad input."""
 
 import json
+import math
 import pathlib
 
 import pytest
@@ -157,3 +158,24 @@ def test_the_papers_ablations(arg, codes):
     assert run.tokenizer == settings[name]
   with pytest.raises(UserError, match="'flux' is none of demo, mar"):
     cli.load_config("configs/ablation.py:flux")
+
+
+def test_equal_bits(tmp_path, monkeypatch):
+  values = cli.load_config("configs/equal_bits.py")
+  monkeypatch.chdir(tmp_path)
+  for bits in (6800, 3400):
+    (tmp_path / f"demo/free_{bits}").mkdir(parents=True)
+    fields = {"format_version": 1, "kind": "tokenizer", "image_size": 64}
+    (tmp_path / f"demo/free_{bits}/config.json").write_text(json.dumps(fields))
+  ablation = config.freeze(AblationConfig, values)
+  check_columns(ablation)
+  settings = {row: ablate._settings(ablation, row, 3).tokenizer for row in ablation.rows}
+  assert {line.row for table in ablation.tables.values() for line in table.lines} == {"", *settings}
+  for row, tokenizer in settings.items():
+    bits = int(row.rpartition("_")[2])
+    if row.startswith("free"):
+      assert tokenizer.start == f"demo/free_{bits}" and tokenizer.lora
+    else:
+      wanted = bits / 10 * math.log2(1000) if row.startswith("fsq") else bits
+      assert tokenizer.quantizer.bits == pytest.approx(wanted)
+      assert (tokenizer.lora is not None) == ("_lora_" in row)
