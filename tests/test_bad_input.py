@@ -121,7 +121,7 @@ def reached(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "visualize")) for n in COMMANDS]
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "tokenize_dataset")) for n in COMMANDS]
 )
 def test_options(here, name, monkeypatch, capsys):
   module, base = COMMANDS[name]

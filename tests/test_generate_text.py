@@ -37,6 +37,7 @@ def run(folder, output, *words, model="generator"):
   generate.run(generate.parser().parse_args([*map(str, args), *map(str, words)]))
 
 
+@pytest.mark.slow
 def test_prompts_are_in_names_and_settings(folder, tmp_path):
   out = tmp_path / "out"
   run(folder, out, "--prompts", folder / "prompts.txt", "--negative-prompt", "dark")

@@ -159,6 +159,7 @@ def test_normal_run(cloud):
   assert not cloud.calls("delete")
 
 
+@pytest.mark.slow
 def test_step_by_step(cloud):
   cloud.play("wait", lives=[{}])
   cloud("up", *TPU)

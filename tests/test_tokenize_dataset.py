@@ -152,6 +152,7 @@ def images(folder, tmp_path):
   return tmp_path, dict(zip(bad, good, strict=True))
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_and_too_many_are_an_error(images):
   folder, bad = images
   with pytest.raises(UserError, match=r"2 of 24 images .* 1%: .*/3.png, .*/4.png; restore them"):
@@ -261,6 +262,7 @@ def test_a_folder_that_another_process_holds_is_waited_for(folder, tmp_path, mon
   tokenize(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards_and_take_those_of_a_killed_one(folder, flipped, tmp_path):
   """Three processes on 12 shards; one stops for good in a shard, and is killed."""
   code = (

@@ -80,6 +80,7 @@ def whole(folder):
   return run_whole(folder)
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_same_bits(folder, whole):
   broken = folder / "broken"
   process = start(folder, broken)

@@ -101,6 +101,7 @@ def test_known_relatives_are_named_as_not_supported(name, layout):
 
 
 @pytest.mark.parametrize("name", [*UNSUPPORTED, *OURS, *(f"damaged {k}" for k in OURS)])
+@pytest.mark.slow
 def test_no_hint_leads_back(name):
   key = name.removeprefix("damaged ")
   state = UNSUPPORTED[key][0]() if key in UNSUPPORTED else OURS[key]()

@@ -10,6 +10,7 @@ from tests import tiny
 from tests.convert.test_convert import command
 
 
+@pytest.mark.slow
 def test_the_same_ids_and_pixels_at_another_size(tmp_path):
   tok = tiny.tokenizer()
   weights.save_tokenizer(tok, tmp_path / "small")

@@ -27,6 +27,7 @@ def photos(count: int, *size: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
 
 
+@pytest.mark.slow
 def test_levels_agree_with_the_tokenizer(tokenizer):
   images = normalize(photos(2, 16, 16))
   encoded, result, out, images_out = _measured(tokenizer)(images)

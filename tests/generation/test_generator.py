@@ -61,6 +61,7 @@ def test_saved_and_loaded(tmp_path):
   np.testing.assert_allclose(again[0], images[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_in_the_order_of_training(tmp_path):
   loaded = coda_jax.load_generator(save(tmp_path, "coarse_to_fine"))
   images = loaded.generate(["dog"], steps=4)
@@ -71,6 +72,7 @@ def test_samples_in_the_order_of_training(tmp_path):
   assert np.abs(uniform - images).max() > 0
 
 
+@pytest.mark.slow
 def test_decode_and_encode_are_the_tokenizers():
   g, tok = generator(), tiny.tokenizer()
   images = tiny.images(2, 16, 16)

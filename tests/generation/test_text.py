@@ -68,6 +68,7 @@ def generator(folder):
   return load_generator(folder / "generator")
 
 
+@pytest.mark.slow
 def test_prompts_decide_the_images(generator):
   images = generator.generate(prompts=["a red bird", "two cars"], **HOW)
   assert images.shape == (2, 16, 16, 3)

@@ -178,6 +178,7 @@ def test_initial_heads():
     np.testing.assert_allclose(jnp.linalg.norm(vector[...]), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_patch_discriminator_learns_to_tell_noise_from_flat():
   net = PatchDiscriminator(width=8, layers=2, rngs=nnx.Rngs(0))
   graphdef, params, state = nnx.split(net, TRAINABLE, ...)

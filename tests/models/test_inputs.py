@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -89,6 +91,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow
 def test_one_line_for_every_mistake():
   done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

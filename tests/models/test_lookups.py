@@ -230,6 +230,7 @@ def test_parameters_lie_directly_below_the_quantizer():
 
 
 @pytest.mark.parametrize(("config", "default"), [(ATTENTION, 0.05), (EUCLIDEAN, 0.25)])
+@pytest.mark.slow
 def test_beta_has_a_default(config, default):
   def loss(beta):
     return tiny.quantize(make(dataclasses.replace(config, beta=beta)), latents(1, 4, 4)).vq_loss

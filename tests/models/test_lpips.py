@@ -99,6 +99,7 @@ def test_real_weights_judge_as_people_do(real):
   assert 0.02 < shifted < 0.1 < blurred < 0.25 < jpeg < 0.55 < another < 0.9, rows
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_close(real):
   rng = np.random.default_rng(0)
   a = jnp.asarray(rng.uniform(-1, 1, (1, 128, 128, 3)), jnp.float32)

@@ -61,7 +61,7 @@ def assert_equal(ours, reference, rtol=1e-4):
   np.testing.assert_array_equal(out[0], ref[0])
   for name, a, b in zip(("z", "z_hard"), out[1:3], ref[1:3], strict=True):
     assert_close(a, b, 1e-6, name)
-  np.testing.assert_allclose(out[3], ref[3], rtol=1e-5, atol=1e-6)  # a difference of two entropies
+  np.testing.assert_allclose(out[3], ref[3], rtol=1e-5, atol=2e-6)  # a difference of two entropies
   for name, a, b in zip("qkv", grads, ref_grads, strict=True):
     assert_close(a, b, rtol, f"gradient of {name}")
 
@@ -168,6 +168,7 @@ def test_euclidean(n, codes, chunk_size):
   np.testing.assert_array_equal(ids, distance.argmin(1))
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_looked_up_in_float32():
   x, _ = inputs(16, 64)
   x = tuple(y.astype(jnp.bfloat16) for y in x)
@@ -241,6 +242,7 @@ def test_codes_that_the_mesh_does_not_divide():
     assert_equal(f(*x), f(*x), 1e-5)
 
 
+@pytest.mark.slow
 def test_ties_of_several_devices_take_the_first_code():
   (q, k, v), _ = inputs(32, 40)
   k = jnp.concatenate([k, k])

@@ -68,6 +68,7 @@ def finished(trainer, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_it_learns_and_exports(folder, finished):
   losses = [r["loss"] for r in read_metrics(finished) if r["kind"] == "train"]
   assert len(losses) == 6 and losses[-1] < losses[0]

@@ -128,6 +128,7 @@ def test_what_is_fresh_may_be_frozen_and_a_given_vae_may_train(folder):
   assert np.std(trainer._frozen["tokenizer"]["quantizer.codebook"]) > 0
 
 
+@pytest.mark.slow
 def test_run_never_recompiles_and_restores_elsewhere(trainer, trainer8, updates, folder, tmp_path):
   """Training, evaluating, saving and resuming use one compiled update and one evaluation."""
   settings = trainer.config
