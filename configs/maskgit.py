@@ -90,8 +90,9 @@ def text_demo() -> c.MaskGITTrainConfig:
       tokenizer="demo/shapes_tokenizer",
       train="tokens/shapes/train",
       eval="tokens/shapes/unseen",
-      batch_size=16,
+      batch_size=32,
       text_encoder="demo/text_encoder",
     ),
+    steps=4_000,
     class_dropout=0.1,
   )
