@@ -73,7 +73,8 @@ def assert_equal(ours, reference, rtol=1e-4):
 def test_equals_materialised(n, codes, chunk_size):
   x, cotangents = inputs(n, codes)
   streamed = value_and_grad(lambda *x: attention_lookup(*x, chunk_size=chunk_size), cotangents)
-  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x))
+  rtol = 1e-3 if n == 1 else 1e-4  # the two entropies of one token cancel
+  assert_equal(streamed(*x), value_and_grad(materialised, cotangents)(*x), rtol)
   np.testing.assert_array_equal(attention_ids(*x[:2], chunk_size=chunk_size), streamed(*x)[0][1][0])
 
 
