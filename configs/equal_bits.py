@@ -12,27 +12,19 @@ from coda_jax import cli
 from coda_jax import config as c
 from coda_jax.config import Line, Table
 from coda_jax.errors import UserError
+from coda_jax.models.quantizer import MAR_PATCH_SIZES
 
-LEVELS = {6800: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 3400: (2, 4, 8, 16)}
+LEVELS = {6800: MAR_PATCH_SIZES, 3400: (2, 4, 8, 16)}
+# Label and changes to the quantizer.
 LOOKUPS = {
-  "attention": {},
-  "euclidean": {"lookup": "euclidean"},
-  "rotation": {"lookup": "euclidean", "gradient": "rotation"},
-  "product": {"lookup": "product"},
-  "ibq": {"lookup": "ibq"},
-  "fsq": {"lookup": "fsq", "codebook_size": 1000},
-  "lfq": {"lookup": "lfq"},
-  "bsq": {"lookup": "bsq"},
-}
-NAMES = {
-  "attention": "attention (CODA)",
-  "euclidean": "Euclidean (VQ)",
-  "rotation": "Euclidean, rotation trick",
-  "product": "product VQ",
-  "ibq": "IBQ",
-  "fsq": "FSQ",
-  "lfq": "LFQ",
-  "bsq": "BSQ",
+  "attention": ("attention (CODA)", {}),
+  "euclidean": ("Euclidean (VQ)", {"lookup": "euclidean"}),
+  "rotation": ("Euclidean, rotation trick", {"lookup": "euclidean", "gradient": "rotation"}),
+  "product": ("product VQ", {"lookup": "product"}),
+  "ibq": ("IBQ", {"lookup": "ibq"}),
+  "fsq": ("FSQ", {"lookup": "fsq", "codebook_size": 1000}),
+  "lfq": ("LFQ", {"lookup": "lfq"}),
+  "bsq": ("BSQ", {"lookup": "bsq"}),
 }
 COLUMNS = ("psnr", "ssim", "lpips", "vgg_kd", "relative_error", "codes_used")
 
@@ -40,10 +32,9 @@ COLUMNS = ("psnr", "ssim", "lpips", "vgg_kd", "relative_error", "codes_used")
 def rows_at(bits: int) -> dict[str, dict]:
   """The rows at these bits an image."""
   rows = {}
-  for name, changes in LOOKUPS.items():
-    changes = {"beta": None} | changes if name != "attention" else changes
-    changes = {"patch_sizes": LEVELS[bits], **changes}
-    changes = {f"tokenizer__quantizer__{key}": value for key, value in changes.items()}
+  for name, (_, quantizer) in LOOKUPS.items():
+    quantizer = {"patch_sizes": LEVELS[bits], **quantizer}
+    changes = {f"tokenizer__quantizer__{key}": value for key, value in quantizer.items()}
     rows[f"{name}_{bits}"] = changes | {"tokenizer__lora": None}
     rows[f"{name}_lora_{bits}"] = changes
   start = {"tokenizer__start": f"demo/free_{bits}"}
@@ -55,9 +46,9 @@ def rows_at(bits: int) -> dict[str, dict]:
 def table_at(bits: int) -> Table:
   """The table of `rows_at`."""
   lines = [Line("continuous VAE")]
-  for name in LOOKUPS:
-    lines.append(Line(NAMES[name], f"{name}_{bits}"))
-    lines.append(Line(f"{NAMES[name]}, LoRA", f"{name}_lora_{bits}"))
+  for name, (label, _) in LOOKUPS.items():
+    lines.append(Line(label, f"{name}_{bits}"))
+    lines.append(Line(f"{label}, LoRA", f"{name}_lora_{bits}"))
   lines.append(Line("training-free, LoRA on the decoder", f"free_decoder_lora_{bits}"))
   lines.append(Line("training-free, LoRA", f"free_lora_{bits}"))
   return Table(f"{bits} bits an image", tuple((x, "") for x in COLUMNS), tuple(lines))

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # commands would
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  + " --xla_backend_optimization_level=0"  # most of the tests' time is LLVM's
+  + " --xla_backend_optimization_level=1"  # most of the tests' time is LLVM's
 )
 
 import jax
