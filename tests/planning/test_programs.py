@@ -70,7 +70,7 @@ def test_programs_of_a_generator(generator, tokenizer, what):
 @pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])
 def test_programs_of_a_generator_of_texts(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, "CLIPTextConfig", lambda: tiny.TEXT)  # CLIP's own is half a GB
-  words = ["--config.model.depth=0", "--config.model.width=16"]
+  words = ["--config.model.depth=0", "--config.model.width=16", "--config.data.batch_size=16"]
   settings = registry.resolve(cli.load_config("configs/maskgit.py:text_demo", words))
   if kind == "embeddings":  # of tokens that are there
     encoder = {"kind": "clip-text", "fingerprint": "x"}
