@@ -14,9 +14,9 @@ import tqdm
 
 from coda_jax import arrays, cli, outputs, weights
 from coda_jax.data import pipeline, sources
-from coda_jax.discretization import codebooks
-from coda_jax.discretization.fit import BLOCKS, Fitted, fit
+from coda_jax.discretization.fit import BLOCKS, METHODS, Fitted, fit
 from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.models.transform_quantizer import TransformConfig
 from coda_jax.models.vae import AutoencoderKL
 
 
@@ -38,7 +38,10 @@ def parser() -> argparse.ArgumentParser:
     "--image-size", type=cli.integer(1, 2**15), default=256, metavar="S", help="pixels (256)"
   )
   p.add_argument(
-    "--method", choices=list(codebooks.METHODS), default="lloyd-max", help="how codes are found"
+    "--method",
+    choices=METHODS,
+    default="lloyd-max",
+    help="how codes are found; coda fits the paper's own quantizer (lloyd-max)",
   )
   p.add_argument(
     "--block",
@@ -52,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     default=1024,
     metavar="V",
     help="of a token, at most (1024)",
+  )
+  p.add_argument(
+    "--patch-sizes",
+    type=_sides,
+    default=(),
+    metavar="P,...",
+    help="of --method coda, sides of the levels' grids; by default the paper's for these latents",
   )
   p.add_argument(
     "--images", type=cli.integer(2), default=1000, metavar="N", help="random crops (1000)"
@@ -72,7 +82,17 @@ def parser() -> argparse.ArgumentParser:
   return p
 
 
+def _sides(text: str) -> tuple[int, ...]:
+  """Sides of grids of `--patch-sizes`."""
+  side = cli.integer(1, 2**15)
+  return tuple(side(x) for x in text.split(","))
+
+
 def run(args: argparse.Namespace) -> None:
+  if args.patch_sizes and args.method != "coda":
+    raise cli.UsageError("--patch-sizes is for --method coda; the others have --block")
+  if args.block and args.method == "coda":
+    raise cli.UsageError("--method coda has no --block; its grids are --patch-sizes")
   read = args.vae, sources.location(args.data)
   outputs.check_output(args.output, "tokenizer", overwrite=args.overwrite, inputs=read)
   vae = weights.load_vae(args.vae)
@@ -85,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
     codes=args.codes,
     method=args.method,
     block=args.block,
+    patch_sizes=args.patch_sizes,
   )
   config = TokenizerConfig(vae.config, found.config, image_size=args.image_size)
   flat = {f"vae.{k}": x for k, x in jax.device_get(arrays.of(vae)).items()}
@@ -137,14 +158,15 @@ _latents, _gradients = arrays.jit_module(_encode), arrays.jit_module(_with_gradi
 
 
 def _tell(found: Fitted, side: int) -> None:
-  config = found.config
-  sides = ", ".join(f"{b}x{b} {100 * x:.2f}%" for b, x in found.compared.items())
-  print(f"blocks of latents, by the error reached: {sides}; taken {config.block}x{config.block}")
-  used = " ".join(map(str, config.factor_codes))
-  print(f"codes of the directions: {used} of {config.code_dim}")
+  config, codes = found.config, found.config.codes_by_level
+  if isinstance(config, TransformConfig):
+    sides = ", ".join(f"{b}x{b} {100 * x:.2f}%" for b, x in found.compared.items())
+    print(f"blocks of latents, by the error reached: {sides}; taken {config.block}x{config.block}")
+    used = " ".join(map(str, config.factor_codes))
+    print(f"codes of the directions: {used} of {config.code_dim}")
   print(
-    f"{config.bits:,.0f} bits in {config.tokens:,} tokens, {len(config.level_codes)} levels of"
-    f" {min(config.level_codes)} to {max(config.level_codes)} codes; {side}x{side} latents"
+    f"{config.bits:,.0f} bits in {config.tokens:,} tokens, {len(codes)} levels of {min(codes)} to"
+    f" {max(codes)} codes; {side}x{side} latents"
   )
   db = 10 * math.log10(found.error / found.bound)
   print(

@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 import coda_jax
-from coda_jax import discretize, tokenize_dataset, visualize, weights
+from coda_jax import cli, discretize, tokenize_dataset, visualize, weights
 from coda_jax import eval as evaluation
 from coda_jax.cards import FILE
 from coda_jax.data.tokens import TokenSource
@@ -86,6 +86,32 @@ def test_the_same_again_and_what_it_prints(folder, capsys):
   assert "taken 1x1" in out and "the bound for Gaussians" in out and out.endswith("second\n")
   run(folder, "--output", folder / "second", "--block", "1", "--overwrite")
   assert capsys.readouterr().out == out
+
+
+@pytest.mark.slow
+def test_the_papers_quantizer_from_data_goes_to_torch(folder, tmp_path):
+  vae, data = folder / "vae", f"folder:{folder}/photos@train"
+  side, _ = weights.load_vae(vae).config.latent_size(16, 16)
+  sizes = f"1,2,{side}"
+  words = ["--method", "coda", "--image-size", "16", "--images", "24", "--gradients", "8"]
+  words += ["--vae", vae, "--data", data, "--bits", "600", "--patch-sizes", sizes]
+  words += ["--output", tmp_path / "made"]
+  discretize.run(discretize.parser().parse_args(list(map(str, words))))
+  made = coda_jax.load_tokenizer(tmp_path / "made")
+  assert made.config.quantizer.lookup == "attention" and made.bits_per_image <= 600
+  convert.to_torch(tmp_path / "made", tmp_path / "made.pt")
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--patch-sizes", "1,2"], "--patch-sizes is for --method coda"),
+    (["--method", "coda"], "--method coda has no --block"),
+  ],
+)
+def test_options_of_the_other_method_are_refused(folder, tmp_path, words, message):
+  with pytest.raises(cli.UsageError, match=message):
+    run(folder, "--output", tmp_path / "out", *words)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def token_bridge(
 
 def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:
   """A codebook of vectors for each group of coordinates, by k-means."""
-  return [[Factor(g, _k_means(x[:, g], k))] for g, k in _groups(variances, budget)]
+  return [[Factor(g, k_means(x[:, g], k))] for g, k in _groups(variances, budget)]
 
 
 def gaussian(
@@ -105,7 +105,7 @@ def quantized(
   out = np.zeros_like(x)
   for factor in (f for level in levels for f in level):
     i = factor.coordinates
-    out[:, i] = factor.codes[_nearest(x[:, i], factor.codes)]
+    out[:, i] = factor.codes[nearest(x[:, i], factor.codes)]
   return out
 
 
@@ -124,7 +124,7 @@ def _groups(variances: np.ndarray, budget: Budget) -> list[tuple[list[int], int]
   return [(g, k) for g, k in sized if k >= 2]
 
 
-def _nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:
+def nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:
   """The nearest code of each row."""
   x, codes = x.astype(np.float32), codes.astype(np.float32)
   half, rows = np.square(codes).sum(1) / 2, max(1, _ELEMENTS // len(codes))
@@ -132,7 +132,7 @@ def _nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:
   return np.concatenate([np.argmin(half - part @ codes.T, 1) for part in parts])
 
 
-def _k_means(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
+def k_means(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
   """Lloyd's iterations from samples; a code that none takes becomes a far sample."""
   if len(x) < 2 * k:
     raise UserError(
@@ -142,7 +142,7 @@ def _k_means(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
   x = x[np.random.default_rng(0).permutation(len(x))[: _SAMPLES_PER_CODE * k]].astype(np.float64)
   codes = x[:k]
   for _ in range(_ROUNDS):
-    ids = _nearest(x, codes)
+    ids = nearest(x, codes)
     count = np.bincount(ids, minlength=k)
     sums = np.stack([np.bincount(ids, column, k) for column in x.T], 1)
     means = sums / np.maximum(count, 1)[:, None]

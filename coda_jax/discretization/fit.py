@@ -1,16 +1,23 @@
-"""A transform quantizer from latents and gradients: transform, codes, and what they reach."""
+"""A quantizer from latents and gradients: transform, codes, and what they reach."""
 
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 
+from coda_jax import arrays
 from coda_jax.discretization import codebooks, coding, transforms
+from coda_jax.discretization.residual import fit_residual
 from coda_jax.errors import UserError
+from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 from coda_jax.models.transform_quantizer import TransformConfig, from_blocks
 
 BLOCKS = (1, 2, 4)
+METHODS = (*codebooks.METHODS, "coda")
 _HELD_OUT = 8  # every so many images are for the comparison of transforms alone
 
 
@@ -23,10 +30,10 @@ class Fitted:
     error, bound: weighed error of a block / that of its mean: reached, and the least that any code
       of Gaussian coordinates reaches at these bits.
     latent_error: squared error of the latents / their variance.
-    compared: `error` by the side of the blocks, of all that were tried.
+    compared: `error` by the side of the blocks, of all that were tried; "coda" has none.
   """
 
-  config: TransformConfig
+  config: TransformConfig | QuantizerConfig
   parameters: dict[str, np.ndarray]
   error: float
   bound: float
@@ -42,6 +49,7 @@ def fit(
   codes: int,
   method: str = "lloyd-max",
   block: int | None = None,
+  patch_sizes: tuple[int, ...] = (),
 ) -> Fitted:
   """Finds a quantizer for scaled latents of at most `bits` an image.
 
@@ -50,21 +58,24 @@ def fit(
     gradients: vector-Jacobian products of the decoder with white noise, at such latents.
     bits: of an image.
     codes: of a token, at most.
-    method: one of `codebooks.METHODS`.
+    method: one of `METHODS`.
     block: side of the blocks; None takes the best of `BLOCKS` that divide the latents.
+    patch_sizes: of "coda", sides of the levels' grids; () takes the paper's for these latents.
 
   Raises:
     UserError: too few bits or data, or blocks that do not fit.
   """
+  if len(latents) < 2:
+    raise UserError("one image is too few: some are for the fit, others for the comparison")
+  kept = np.arange(len(latents)) % _HELD_OUT != 1
+  train, test = latents[kept], latents[~kept]
+  if method == "coda":
+    return _fit_coda(train, test, gradients, bits, codes, patch_sizes)
   side = latents.shape[1]
   blocks = [1] if method == "token-bridge" else [block] if block else BLOCKS
   blocks = [b for b in blocks if side % b == 0]
   if not blocks:
     raise UserError(f"latents of {side}x{side} cannot be cut into blocks of {block}x{block}")
-  if len(latents) < 2:
-    raise UserError("one image is too few: some are for the fit, others for the comparison")
-  kept = np.arange(len(latents)) % _HELD_OUT != 1
-  train, test = latents[kept], latents[~kept]
   tried = [_fit(train, test, gradients, bits, codes, method, b) for b in blocks]
   best = min(tried, key=lambda f: f.error)
   compared = {f.config.block: f.error for f in tried}
@@ -103,14 +114,32 @@ def _fit(train, test, gradients, bits: float, codes: int, method: str, block: in
   parameters |= {f"codebooks.{i}": f.codes for i, f in enumerate(factors)}
   made = codebooks.quantized(transform.coordinates(test), levels) @ transform.synthesis
   made = from_blocks((made + transform.mean).reshape(*_grid(test, block), -1), block)
+  return _measured(config, parameters, test, made, weighed)
+
+
+def _fit_coda(train, test, gradients, bits: float, codes: int, patch_sizes) -> Fitted:
+  config, parameters = fit_residual(
+    train, gradients, bits=bits, codes=codes, patch_sizes=patch_sizes
+  )
+  quantizer = ResidualQuantizer(config, rngs=nnx.Rngs(0))
+  nnx.update(quantizer, arrays.unflatten(jax.tree.map(jnp.asarray, parameters)))
+  made = np.asarray(arrays.jit_module(lambda q, x: q.decode(q.encode(x)))(quantizer)(test))
+  block = max(b for b in BLOCKS if train.shape[1] % b == 0)
+  weighed = transforms.fit_transform(train, gradients, block)
+  return _measured(config, parameters, test, made, weighed)
+
+
+def _measured(config, parameters, test, made, weighed: transforms.Transform) -> Fitted:
+  """What `made` of `test` is worth."""
   error = test - made
   variance = np.square(weighed.coordinates(test)).sum()
+  per_image = (test.shape[1] // weighed.block) ** 2
+  least = coding.gaussian_error(weighed.variances, config.bits / per_image)
   return Fitted(
     config,
     parameters,
     error=float(np.square(weighed.differences(error)).sum() / variance),
-    bound=coding.gaussian_error(weighed.variances, config.bits / per_image)
-    / float(weighed.variances.sum()),
+    bound=least / float(weighed.variances.sum()),
     latent_error=float(np.square(error).sum() / np.square(test - test.mean((0, 1, 2))).sum()),
     compared={},
   )

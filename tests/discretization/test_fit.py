@@ -1,11 +1,17 @@
 """Transforms and whole quantizers, on latents whose statistics are known."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from coda_jax import arrays
 from coda_jax.discretization import codebooks, transforms
 from coda_jax.discretization.fit import fit
+from coda_jax.discretization.residual import fit_residual
 from coda_jax.errors import UserError
+from coda_jax.models.quantizer import ResidualQuantizer
 
 RNG = np.random.default_rng(0)
 C = 4
@@ -75,3 +81,65 @@ def test_bad_input_is_one_line(change, message):
   options = {"latents": LATENTS, "gradients": WHITE, "bits": 64.0, "codes": 64} | change
   with pytest.raises(UserError, match=message):
     fit(**options)
+
+
+SIZES, BITS = (1, 2, 4), 21 * 5.0  # 21 tokens of 32 codes
+
+
+@pytest.fixture(scope="module")
+def residual():
+  """The paper's quantizer for a decoder that sees two channels three times as well."""
+  gradients = (WHITE * [1, 1, 3, 3]).astype(np.float32)
+  config, parameters = fit_residual(LATENTS, gradients, bits=BITS, codes=1024, patch_sizes=SIZES)
+  quantizer = ResidualQuantizer(config, rngs=nnx.Rngs(0))
+  nnx.update(quantizer, arrays.unflatten(jax.tree.map(jnp.asarray, parameters)))
+  return quantizer, gradients
+
+
+def test_the_papers_quantizer_from_data_reduces_the_error_at_every_level(residual):
+  quantizer, _ = residual
+  assert quantizer.config.lookup == "attention" and quantizer.config.bits == BITS
+  assert set(arrays.of(quantizer)) == set(
+    arrays.of(ResidualQuantizer(quantizer.config, rngs=nnx.Rngs(1)))
+  )
+  ids = arrays.jit_module(lambda q, x: q.encode(x))(quantizer)(LATENTS)
+  levels = arrays.jit_module(lambda q, ids: q.level_latents(ids, (4, 4)))(quantizer)(ids)
+  made = np.cumsum(levels, axis=0)
+  errors = [np.square(LATENTS - m).mean() / LATENTS.var((0, 1, 2)).mean() for m in made]
+  assert errors[0] > errors[1] > errors[2] and errors[2] < 0.2
+  assert len(np.unique(np.concatenate([np.ravel(i) for i in ids]))) > 0.9 * 32
+
+
+def test_its_attention_takes_the_nearest_code_as_the_decoder_sees_it(residual):
+  quantizer, gradients = residual
+  x = jnp.asarray(LATENTS.reshape(-1, C)[:500])
+  metric = transforms.fit_transform(LATENTS, gradients, 1).analysis
+  codes = np.asarray(quantizer.values())
+  distances = np.square((x[:, None] - codes) @ metric).sum(-1)
+  found = np.take_along_axis(distances, np.asarray(quantizer.ids(x, quantizer.codes()))[:, None], 1)
+  assert np.mean(found[:, 0] <= 1.001 * distances.min(1)) > 0.95
+  assert found.mean() < 1.02 * distances.min(1).mean()
+  likely = np.asarray(quantizer.confidence(x)).max(1)
+  assert 0.1 < np.median(likely) < 0.999, "the softmax neither averages all codes nor is hard"
+
+
+@pytest.mark.slow
+def test_fit_measures_the_papers_quantizer_too():
+  found = fit(LATENTS, WHITE, bits=BITS, codes=1024, method="coda", patch_sizes=SIZES)
+  assert found.config.codebook_size == 32 and not found.compared
+  assert found.bound < found.error < 0.4
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({}, "latents of 4x4 need --patch-sizes that end with 4"),
+    ({"patch_sizes": (1, 2)}, "end with 4"),
+    ({"patch_sizes": SIZES, "bits": 40.0}, "3 codes for each of 21 tokens"),
+    ({"patch_sizes": SIZES, "latents": LATENTS[:10]}, "8 images are too few"),
+  ],
+)
+def test_bad_input_of_the_papers_quantizer_is_one_line(change, message):
+  options = {"latents": LATENTS, "gradients": WHITE, "bits": BITS, "codes": 64} | change
+  with pytest.raises(UserError, match=message):
+    fit(method="coda", **options)
