@@ -3,9 +3,10 @@
   python -m coda_jax.ablate --config=configs/ablation.py [--workdir=runs/ablation]
 
 Every row and seed is an ordinary run of `coda_jax.train`, in WORKDIR/rows/ROW/seed_SEED; a row that
-several tables show runs once. After each run WORKDIR/tables.json, tables.md and the plots are
-written anew, of what is there. The same command continues one that was stopped or killed (exit code
-75: told to stop, and saved). Several can share a workdir, each with its own --seeds or --tables.
+several tables show runs once; one with `trainable=()` measures the tokenizer that it starts from.
+After each run WORKDIR/tables.json, tables.md and the plots are written anew, of what is there. The
+same command continues one that was stopped or killed (exit code 75: told to stop, and saved).
+Several can share a workdir, each with its own --seeds or --tables.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     log.info("row %s, seed %d: run %d of %d", row, seed, i, len(chosen))
     try:
       with Preemption() as preemption:
-        if not train(settings, folder, preemption):
+        if settings.trainable and not train(settings, folder, preemption):
           return cli.RUN_AGAIN
       _measure(ablation, settings, workdir, folder)
     except UserError as e:
@@ -126,6 +127,8 @@ def _settings(ablation: AblationConfig, row: str, seed: int) -> TrainConfig:
     raise UserError(f"row {row}: {e}") from e
   if not isinstance(settings, TrainConfig):
     raise UserError(f"config.base.kind={settings.kind!r}: an ablation is of tokenizers")
+  if not settings.trainable and not settings.tokenizer.start:
+    raise UserError(f"row {row}: with trainable=() there must be a tokenizer.start to measure")
   return settings
 
 
@@ -186,9 +189,11 @@ def _measure(
   if _read(workdir / VAE).get("config") != vae:
     measures = images.measure_vae(weights.load_vae(settings.tokenizer.vae))
     write_text(workdir / VAE, json.dumps({"config": vae, "measures": measures}, indent=1) + "\n")
-  tokenizer = weights.load_tokenizer(folder / registry.product(settings))
+  made = folder / registry.product(settings) if settings.trainable else settings.tokenizer.start
+  tokenizer = weights.load_tokenizer(made)
   measures = images.measure(tokenizer, ablation.tokens_per_code)
   found = {"config": _wanted(ablation, settings), "measures": measures}
+  folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / MEASURES, json.dumps(found, indent=1) + "\n")
 
 

@@ -1,8 +1,9 @@
 """Look-ups and starts at equal bits, for `python -m coda_jax.ablate`: docs/equal_bits.md.
 
 64x64 photos, one budget a row, at 6800 bits an image (the demo's 680 tokens of 10 bits) and at
-3400 (340 of them: four levels). The rows `free_*` start from what `coda_jax.discretize` made of the
-same VAE with `--output demo/free_6800` and `demo/free_3400`; their codes stay as they are.
+3400 (340 of them: four levels). The rows `free_*` and `data_*` start from what
+`coda_jax.discretize` made of the same VAE: demo/free_6800 and demo/free_3400, and with `--method
+coda` demo/data_6800 and demo/data_3400 (`--patch-sizes 2,4,8,16`).
 `--config.base.KEY=...` changes every row, as `--config.base.steps=1500`.
 """
 
@@ -26,6 +27,8 @@ LOOKUPS = {
   "lfq": ("LFQ", {"lookup": "lfq"}),
   "bsq": ("BSQ", {"lookup": "bsq"}),
 }
+# Learning rates / that of the config: codes that come from data need small steps.
+FROM_DATA = ((r"^vae\.", 0.3), (r"^quantizer\.", 0.1))
 COLUMNS = ("psnr", "ssim", "lpips", "vgg_kd", "relative_error", "codes_used")
 
 
@@ -37,9 +40,13 @@ def rows_at(bits: int) -> dict[str, dict]:
     changes = {f"tokenizer__quantizer__{key}": value for key, value in quantizer.items()}
     rows[f"{name}_{bits}"] = changes | {"tokenizer__lora": None}
     rows[f"{name}_lora_{bits}"] = changes
-  start = {"tokenizer__start": f"demo/free_{bits}"}
+  free = {"tokenizer__start": f"demo/free_{bits}"}
+  data = {"tokenizer__start": f"demo/data_{bits}"}
+  rows[f"free_{bits}"] = free | {"trainable": ()}
   for name, half in (("decoder_", "decoder"), ("", "")):
-    rows[f"free_{name}lora_{bits}"] = start | {"trainable": (("LoRAParam", half),)}
+    rows[f"free_{name}lora_{bits}"] = free | {"trainable": (("LoRAParam", half),)}
+  rows[f"data_{bits}"] = data | {"trainable": ()}
+  rows[f"data_lora_{bits}"] = data | {"optimizer__rates": FROM_DATA}
   return rows
 
 
@@ -49,6 +56,9 @@ def table_at(bits: int) -> Table:
   for name, (label, _) in LOOKUPS.items():
     lines.append(Line(label, f"{name}_{bits}"))
     lines.append(Line(f"{label}, LoRA", f"{name}_lora_{bits}"))
+  lines.append(Line("attention (CODA) from data, not trained", f"data_{bits}"))
+  lines.append(Line("attention (CODA) from data, LoRA", f"data_lora_{bits}"))
+  lines.append(Line("training-free", f"free_{bits}"))
   lines.append(Line("training-free, LoRA on the decoder", f"free_decoder_lora_{bits}"))
   lines.append(Line("training-free, LoRA", f"free_lora_{bits}"))
   return Table(f"{bits} bits an image", tuple((x, "") for x in COLUMNS), tuple(lines))

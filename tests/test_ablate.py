@@ -98,6 +98,19 @@ def test_rows_train_once_and_tables_show_what_is_there(
   code, _ = call(folder, capsys, f"--workdir={workdir}", "--no-training", "--config.base.steps=3")
   assert code == 0 and read(workdir)["missing"] == {"more": [0], "rq": [0]}
 
+  # A row without training measures what it starts from.
+  start = workdir / "rows/rq/seed_0/tokenizer"
+  old = '"tokenizer__quantizer__codebook_size": 128'
+  assert old in CONFIG
+  text = CONFIG.replace(old, f'"tokenizer__start": "{start}", "trainable": ()')
+  (tmp_path / "again").mkdir()
+  (tmp_path / "again" / "config.py").write_text(text.format(folder=str(folder)))
+  code, err = call(tmp_path / "again", capsys, f"--workdir={workdir}", "--tables=sizes")
+  assert (code, trained[2:]) == (0, []), err
+  rows = read(workdir)["rows"]
+  assert rows["more"]["runs"]["0"]["psnr"] == pytest.approx(psnr, rel=1e-5)
+  assert not (workdir / "rows/more/seed_0/checkpoints").exists()
+
 
 def test_a_stopped_run_is_to_be_called_again(folder, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(ablate, "train", lambda *args: False)
@@ -113,6 +126,7 @@ def test_a_stopped_run_is_to_be_called_again(folder, tmp_path, capsys, monkeypat
     (["--seeds="], 2, "'' is no whole number"),
     (["--no-training"], 1, "no such folder"),
     (["--config.base.lr=1"], 2, "no config key 'lr'"),
+    (["--config.base.trainable=()"], 1, "there must be a tokenizer.start to measure"),
     (["--config.base.kind=maskgit"], 1, "row more: unknown key config."),
     (["--config.base.data.eval=folder:/nowhere"], 1, "/nowhere does not exist"),
   ],
@@ -163,18 +177,18 @@ def test_the_papers_ablations(arg, codes):
 def test_equal_bits(tmp_path, monkeypatch):
   values = cli.load_config("configs/equal_bits.py")
   monkeypatch.chdir(tmp_path)
-  for bits in (6800, 3400):
-    (tmp_path / f"demo/free_{bits}").mkdir(parents=True)
+  for name in ("free_6800", "free_3400", "data_6800", "data_3400"):
+    (tmp_path / "demo" / name).mkdir(parents=True)
     fields = {"format_version": 1, "kind": "tokenizer", "image_size": 64}
-    (tmp_path / f"demo/free_{bits}/config.json").write_text(json.dumps(fields))
+    (tmp_path / "demo" / name / "config.json").write_text(json.dumps(fields))
   ablation = config.freeze(AblationConfig, values)
   check_columns(ablation)
   settings = {row: ablate._settings(ablation, row, 3).tokenizer for row in ablation.rows}
   assert {line.row for table in ablation.tables.values() for line in table.lines} == {"", *settings}
   for row, tokenizer in settings.items():
     bits = int(row.rpartition("_")[2])
-    if row.startswith("free"):
-      assert tokenizer.start == f"demo/free_{bits}" and tokenizer.lora
+    if (start := row.partition("_")[0]) in ("free", "data"):
+      assert tokenizer.start == f"demo/{start}_{bits}" and tokenizer.lora
     else:
       wanted = bits / 10 * math.log2(1000) if row.startswith("fsq") else bits
       assert tokenizer.quantizer.bits == pytest.approx(wanted)

@@ -25,28 +25,39 @@ def code_age(
 
 @struct.dataclass
 class CodebookUsage:
-  """Counts [levels, V], int64. `merge` adds those of other images or other hosts."""
+  """How often codes were used. `merge` adds the counts of other images or other hosts.
+
+  Attributes:
+    counts: [levels, V], int64.
+    level_codes: how many codes the tokens of each level choose from; () is V.
+  """
 
   counts: Integer[np.ndarray, "levels v"]
+  level_codes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @classmethod
-  def empty(cls, levels: int, codebook_size: int) -> "CodebookUsage":
-    return cls(np.zeros((levels, codebook_size), np.int64))
+  def empty(
+    cls, levels: int, codebook_size: int, level_codes: tuple[int, ...] = ()
+  ) -> "CodebookUsage":
+    return cls(np.zeros((levels, codebook_size), np.int64), level_codes)
 
   @classmethod
   def of(cls, batch: Batch) -> "CodebookUsage":
-    return cls.count(batch.result.ids, batch.result.codebook_size)
+    return cls.count(batch.result.ids, batch.result.codebook_size, batch.result.level_codes)
 
   @classmethod
   def count(
-    cls, ids: Sequence[Integer[np.ndarray | jax.Array, "..."]], codebook_size: int
+    cls,
+    ids: Sequence[Integer[np.ndarray | jax.Array, "..."]],
+    codebook_size: int,
+    level_codes: tuple[int, ...] = (),
   ) -> "CodebookUsage":
     """Usage by the `ids` of each level, of any shape."""
     levels = [np.bincount(np.ravel(level), minlength=codebook_size) for level in ids]
-    return cls(np.stack(levels).astype(np.int64))
+    return cls(np.stack(levels).astype(np.int64), level_codes)
 
   def merge(self, other: "CodebookUsage") -> "CodebookUsage":
-    return CodebookUsage(self.counts + other.counts)
+    return CodebookUsage(self.counts + other.counts, self.level_codes)
 
   def summary(self) -> dict[str, float]:
     """Scalars by name; levels count from 1."""
@@ -69,8 +80,8 @@ class CodebookUsage:
 
   @property
   def level_utilization(self) -> np.ndarray:
-    """Fraction of the codes that each level used [levels]."""
-    return np.mean(self.counts > 0, axis=1)
+    """Fraction of its codes that each level used [levels]."""
+    return np.sum(self.counts > 0, axis=1) / self._codes
 
   @property
   def perplexity(self) -> float:
@@ -100,7 +111,18 @@ class CodebookUsage:
   @property
   def level_tokens_per_code(self) -> np.ndarray:
     """The same per level [levels]."""
-    return self.counts.sum(axis=1) / self.counts.shape[1]
+    return self.counts.sum(axis=1) / self._codes
+
+  @property
+  def uniform_level_utilization(self) -> np.ndarray:
+    """`level_utilization` if all codes were equally likely, on average [levels]."""
+    return 1 - (1 - 1 / self._codes) ** self.counts.sum(axis=1)
+
+  @property
+  def _codes(self) -> np.ndarray:
+    """How many codes each level chooses from [levels]."""
+    levels, size = self.counts.shape
+    return np.array(self.level_codes or (size,) * levels, np.float64)
 
 
 def _perplexity(counts: np.ndarray) -> np.ndarray:

@@ -29,12 +29,14 @@ class Encoded:
     latents: [B, h, w, C] continuous, scaled.
     quantized: [B, L, h, w, C] the latents quantized by the first 1 to L levels.
     codebook_size: V; ids are below it.
+    level_codes: how many of them each level chooses from.
   """
 
   ids: Sequence[jax.Array | np.ndarray]
   latents: jax.Array | np.ndarray
   quantized: jax.Array | np.ndarray
   codebook_size: int = struct.field(pytree_node=False)
+  level_codes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @property
   def level_errors(self) -> Float[Array, "b levels"]:
@@ -61,8 +63,9 @@ def encode_levels(
   ids = tokenizer.quantizer.encode(latents)
   _, h, w, _ = latents.shape
   steps = jnp.stack(tokenizer.quantizer.level_latents(ids, (h, w)), axis=1)
-  size = tokenizer.config.quantizer.codebook_size
-  return Encoded(ids, latents, jnp.cumsum(steps, axis=1), size)
+  config = tokenizer.config.quantizer
+  quantized = jnp.cumsum(steps, axis=1)
+  return Encoded(ids, latents, quantized, config.codebook_size, config.codes_by_level)
 
 
 def decode_latents(
@@ -93,6 +96,7 @@ class BatchResult:
     level_errors: [B, L] quantization error after each level.
     latent_mean: [B, C], latent_power: [B], mean and mean square of the continuous latents.
     codebook_size: V; ids are below it.
+    level_codes: how many of them each level chooses from.
   """
 
   images: jax.Array | np.ndarray
@@ -102,6 +106,7 @@ class BatchResult:
   latent_mean: jax.Array | np.ndarray | None = None
   latent_power: jax.Array | np.ndarray | None = None
   codebook_size: int = struct.field(pytree_node=False, default=0)
+  level_codes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @classmethod
   def of(
@@ -116,6 +121,7 @@ class BatchResult:
       latent_mean=encoded.latents.mean((1, 2)),
       latent_power=jnp.square(encoded.latents).mean((1, 2, 3)),
       codebook_size=encoded.codebook_size,
+      level_codes=encoded.level_codes,
     )
 
 

@@ -190,7 +190,6 @@ def _level_table(run: Run, named: bool) -> str:
   head += ["PSNR (dB)", *(["LPIPS"] if has_lpips else [])]
   head += ["Codes used", "If all equally likely", "Perplexity", "Tokens per code"]
   tokens = [p * p for p in run.config.quantizer.patch_sizes]
-  reach = tokenizer_plots.uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
   rows = []
   for i, found in enumerate(quality):
     rows.append(
@@ -203,7 +202,7 @@ def _level_table(run: Run, named: bool) -> str:
         f"{found['psnr']:.2f}",
         *([f"{found['lpips']:.4f}"] if has_lpips else []),
         _percent(usage.level_utilization[i]),
-        _percent(reach[i]),
+        _percent(usage.uniform_level_utilization[i]),
         _number(usage.level_perplexity[i]),
         _number(usage.level_tokens_per_code[i]),
       ]

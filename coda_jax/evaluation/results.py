@@ -35,13 +35,13 @@ def codebook_of(entry: Entry, measured: Measured) -> dict[str, Any] | None:
   for ids in measured.each("ids"):
     tokens = ids.shape[1]
     levels = np.split(ids, np.cumsum(entry.levels or [tokens])[:-1], axis=1)
-    found = CodebookUsage.count(levels, size)
+    found = CodebookUsage.count(levels, size, tuple(entry.level_codes))
     usage = found if usage is None else usage.merge(found)
   assert usage is not None
   by_level = [
     {
       "tokens": entry.levels[i] if entry.levels else tokens,
-      **({"utilization": _share(entry, i, usage)} if known else {}),
+      **({"utilization": float(usage.level_utilization[i])} if known else {}),
       "perplexity": float(usage.level_perplexity[i]),
       "entropy_bits": float(usage.level_entropy[i]),
       "tokens_per_code": float(usage.level_tokens_per_code[i]),
@@ -59,12 +59,6 @@ def codebook_of(entry: Entry, measured: Measured) -> dict[str, Any] | None:
     "bits_per_image": entry.bits(tokens),
     "levels": by_level,
   }
-
-
-def _share(entry: Entry, level: int, usage: CodebookUsage) -> float:
-  """Of the codes that a level's tokens choose from, those in use."""
-  known = entry.level_codes[level] if entry.level_codes else entry.codebook_size
-  return float(np.sum(usage.counts[level] > 0) / known)
 
 
 def quantization_of(measured: Measured) -> dict[str, Any] | None:

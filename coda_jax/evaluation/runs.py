@@ -35,6 +35,7 @@ _SAMPLE, _PICTURES = 32, 8  # images whose levels are decoded one by one; those 
 
 # Measurements of one tokenizer, and tokenizers of one structure, share these compiled parts.
 _encode = jit_module(encode_levels)
+_ids = jit_module(Tokenizer.encode)
 _decode = jit_module(decode_latents)
 _batch_result = jax.jit(BatchResult.of)
 _level_inputs = jax.jit(Encoded.level_inputs)
@@ -250,10 +251,14 @@ def count_usage(
       at every level.
     resize_ratio: as in `pipeline.train_batches`.
   """
-  config, encode = tokenizer.config.quantizer, _encode(tokenizer)
-  per_image = min(p * p for p in config.patch_sizes) if every_level else config.tokens
-  count = math.ceil(math.ceil(tokens_per_code * config.codebook_size / per_image) / batch_size)
-  usage = CodebookUsage.empty(len(config.patch_sizes), config.codebook_size)
+  config, encode = tokenizer.config.quantizer, _ids(tokenizer)
+  codes_per_image = [
+    codes / (p * p) for codes, p in zip(config.codes_by_level, config.patch_sizes, strict=True)
+  ]
+  most = max(codes_per_image) if every_level else config.codebook_size / config.tokens
+  count = math.ceil(math.ceil(tokens_per_code * most) / batch_size)
+  level_codes = config.codes_by_level
+  usage = CodebookUsage.empty(len(level_codes), config.codebook_size, level_codes)
   batches = pipeline.train_batches(
     source,
     image_size=tokenizer.config.image_size,
@@ -264,8 +269,8 @@ def count_usage(
   )
   with batches:
     for _ in tqdm.trange(count, desc="counting codes", unit="batch", disable=None):
-      ids = encode(normalize(next(batches)["image"])).ids
-      usage = usage.merge(CodebookUsage.count(ids, config.codebook_size))
+      ids = encode(normalize(next(batches)["image"]))
+      usage = usage.merge(CodebookUsage.count(ids, config.codebook_size, level_codes))
   crops = f"{count * batch_size:,} random crops, half of them mirrored, of {len(source)} images"
   return usage, crops
 

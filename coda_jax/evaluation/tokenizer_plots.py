@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from coda_jax.evaluation.codebook import CodebookUsage
 from coda_jax.evaluation.figures import INK, MUTED, colour, legend, panels, styled
 
+_MOST_TICKS = 12  # levels that have room for their names
+
 
 @styled
 def levels_plot(
@@ -45,11 +47,6 @@ def _count_bins(largest: int) -> tuple[np.ndarray, list[str]]:
     *(str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(powers, powers[1:], strict=False)),
   ]
   return np.concatenate([[0], powers]), names
-
-
-def uniform_utilization(tokens: np.ndarray, codebook_size: int) -> np.ndarray:
-  """Fraction of the codes that so many tokens reach if all codes are equally likely."""
-  return 1 - (1 - 1 / codebook_size) ** np.asarray(tokens, np.float64)
 
 
 @styled
@@ -93,10 +90,9 @@ def usage_plot(usages: Mapping[str, CodebookUsage]) -> Figure:
   for i, (name, usage) in enumerate(usages.items()):
     x = np.arange(len(usage.counts)) + (i - (len(usages) - 1) / 2) * width
     levels.bar(x, usage.level_utilization * 100, width, color=colour(i), label=name)
-    reach = uniform_utilization(usage.counts.sum(axis=1), usage.counts.shape[1])
     levels.scatter(
       x,
-      reach * 100,
+      usage.uniform_level_utilization * 100,
       marker="_",
       s=1600 * width / deepest**0.5,
       color=INK,
@@ -105,12 +101,13 @@ def usage_plot(usages: Mapping[str, CodebookUsage]) -> Figure:
       label="if all codes were equally likely" if i == len(usages) - 1 else None,
     )
   longest = max(usages.values(), key=lambda u: len(u.counts))
-  ticks = [f"level {i + 1}\n{_short(t)}" for i, t in enumerate(longest.level_tokens_per_code)]
+  shown = range(0, deepest, -(-deepest // _MOST_TICKS))
+  ticks = [f"level {i + 1}\n{_short(longest.level_tokens_per_code[i])}" for i in shown]
   levels.set(
     title="Codes used at each level (below: tokens per code that this was measured on)",
     ylabel="% of the codes",
     ylim=(0, 104),
-    xticks=range(deepest),
+    xticks=shown,
     xticklabels=ticks,
   )
   levels.grid(axis="x", visible=False)

@@ -346,6 +346,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       latent_mean=zeros(q.code_dim),
       latent_power=zeros(),
       codebook_size=q.codebook_size,
+      level_codes=q.codes_by_level,
     )
     return list(Results.of(Batch(np.zeros((1, side, side, 3), np.uint8), black)).summary())
 

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 from coda_jax.evaluation.codebook import CodebookUsage, code_age, count_codes
 
@@ -37,3 +38,21 @@ def test_age_counts_the_steps_since_last_use():
   for counts in ([1, 0, 0], [0, 0, 2], [0, 0, 1]):
     age = code_age(age, np.array(counts))
   assert age.tolist() == [2, 3, 0]
+
+
+def test_levels_with_codes_of_their_own():
+  usage = CodebookUsage.count([np.array([0, 1, 0]), np.array([2, 2])], 6, (2, 4))
+  usage = usage.merge(CodebookUsage.empty(2, 6, (2, 4)))
+  assert usage.level_utilization.tolist() == [1, 0.25]
+  assert usage.level_tokens_per_code.tolist() == [1.5, 0.5]
+  assert usage.utilization == 0.5
+  np.testing.assert_allclose(usage.uniform_level_utilization, [1 - 0.5**3, 1 - 0.75**2])
+
+
+def test_uniform_utilization_by_simulation():
+  draws = np.random.default_rng(0).integers(0, 50, (2000, 70))
+  seen = np.mean([len(np.unique(d)) for d in draws]) / 50
+  usage = CodebookUsage.count([np.zeros(0, int), draws[0]], 50)
+  none, reached = usage.uniform_level_utilization
+  assert none == 0
+  assert reached == pytest.approx(seen, abs=0.005)
