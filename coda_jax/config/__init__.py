@@ -40,7 +40,7 @@ from coda_jax.config.tokenizer import (
   TokenizerSettings,
   TrainConfig,
 )
-from coda_jax.config.variants import VARIANTS, variant
+from coda_jax.config.variants import VARIANTS, best, variant
 
 __all__ = [
   "DTYPES",
@@ -66,6 +66,7 @@ __all__ = [
   "TokenDataSettings",
   "TokenizerSettings",
   "TrainConfig",
+  "best",
   "changed",
   "check_resumable",
   "config_dict",

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import ml_collections
+
 from coda_jax.config.tokenizer import TrainConfig
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import PATCH_SIZES
@@ -61,6 +63,30 @@ def variant(config: TrainConfig, arg: str) -> TrainConfig:
   quantizer = dataclasses.replace(quantizer, **changes)
   tokenizer = dataclasses.replace(config.tokenizer, quantizer=quantizer, lora=lora)
   return dataclasses.replace(config, tokenizer=tokenizer)
+
+
+def best(config: ml_collections.ConfigDict, prefix: str, arg: str) -> ml_collections.ConfigDict:
+  """The recipe of docs/equal_bits.md: training starts from what `coda_jax.discretize` made.
+
+  Args:
+    config: the paper's recipe.
+    prefix: of the directories to start from: PREFIX_free, PREFIX_free_half, PREFIX_data.
+    arg: "" and "half" adapt the decoder of a training-free tokenizer, whose codes stay; "data"
+      trains the paper's quantizer from data. A fifth of the epochs, since codes are there.
+
+  Raises:
+    UserError: another `arg`.
+  """
+  starts = {"": "free", "half": "free_half", "data": "data"}
+  if arg not in starts:
+    raise UserError(f"config argument {arg!r} is none of half, data")
+  config.tokenizer.start = f"{prefix}_{starts[arg]}"
+  config.epochs = max(1, config.epochs // 5)
+  if arg == "data":
+    config.optimizer.rates = ((r"^quantizer\.", 0.1),)
+  else:
+    config.trainable = (("LoRAParam", "decoder"),)
+  return config
 
 
 def _sized(config: TrainConfig, image_size: int) -> TrainConfig:

@@ -64,3 +64,15 @@ def test_sizes_without_patch_sizes():
   for size in ("384", "0", "1000"):
     with pytest.raises(UserError, match=f"'{size}': images of 128, 256, 512 pixels have patch"):
       load(f"configs/flux.py:{size}")
+
+
+@pytest.mark.parametrize("name", ["mar", "flux"])
+def test_recipes_that_start_from_discretize(name):
+  paper = load(f"configs/{name}.py")
+  for arg, start in (("", "free"), (":half", "free_half"), (":data", "data")):
+    config = load(f"configs/best_{name}.py{arg}")
+    assert config.tokenizer.start == f"checkpoints/{name}_{start}" and config.epochs == 2
+    assert config.tokenizer.lora == paper.tokenizer.lora
+    assert (config.trainable == paper.trainable) == (arg == ":data")
+  with pytest.raises(UserError, match="'vq' is none of half, data"):
+    load(f"configs/best_{name}.py:vq")

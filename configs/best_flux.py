@@ -1,0 +1,19 @@
+"""What docs/equal_bits.md found best, on FLUX's VAE: codes without training, then a decoder for them.
+
+Make the tokenizer first, of as many bits as the paper's 2240 tokens of 16 bits or of half as many:
+
+  python -m coda_jax.discretize --vae checkpoints/flux_vae --data tfds:imagenet2012@train \\
+    --images 4000 --codes 65536 --bits 35840 --output checkpoints/flux_free
+  python -m coda_jax.discretize ... --bits 17920 --output checkpoints/flux_free_half
+  python -m coda_jax.discretize ... --bits 35840 --method coda --output checkpoints/flux_data
+
+`configs/best_flux.py` adapts the decoder to the first, `:half` to the second; their tokens stay as
+they are. `:data` trains the third, the paper's quantizer from data, and its VAE's adapters.
+"""
+
+from coda_jax import config as c
+from configs import flux
+
+
+def get_config(arg: str = ""):
+  return c.best(flux.get_config(), "checkpoints/flux", arg)

@@ -1,0 +1,19 @@
+"""What docs/equal_bits.md found best, on MAR's VAE: codes without training, then a decoder for them.
+
+Make the tokenizer first, of as many bits as the paper's 680 tokens of 16 bits or of half as many:
+
+  python -m coda_jax.discretize --vae checkpoints/mar_vae --data tfds:imagenet2012@train \\
+    --images 4000 --codes 65536 --bits 10880 --output checkpoints/mar_free
+  python -m coda_jax.discretize ... --bits 5440 --output checkpoints/mar_free_half
+  python -m coda_jax.discretize ... --bits 10880 --method coda --output checkpoints/mar_data
+
+`configs/best_mar.py` adapts the decoder to the first, `:half` to the second; their tokens stay as
+they are. `:data` trains the third, the paper's quantizer from data, and its VAE's adapters.
+"""
+
+from coda_jax import config as c
+from configs import mar
+
+
+def get_config(arg: str = ""):
+  return c.best(mar.get_config(), "checkpoints/mar", arg)
