@@ -1,4 +1,4 @@
-"""What docs/equal_bits.md found best, on MAR's VAE: codes without training, then a decoder for them.
+"""What docs/equal_bits.md found best, on MAR's VAE: untrained codes, then a decoder for them.
 
 Make the tokenizer first, of as many bits as the paper's 680 tokens of 16 bits or of half as many:
 
