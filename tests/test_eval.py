@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +15,7 @@ from coda_jax.evaluation import conventions, entries, parts
 from coda_jax.evaluation.features import Networks
 from coda_jax.evaluation.image_quality import psnr, to_uint8
 from coda_jax.evaluation.kernel import kernel_distance
-from tests import processes, tiny
+from tests import tiny
 from tests.generation import test_generator
 
 MODULE = """
@@ -313,43 +312,3 @@ def test_features_take_pixels_by_the_convention():
   x = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
   c = conventions.convention("adm")
   assert Networks(None, None).features(c)(x) == {}
-
-
-PROGRAM = """
-import sys
-from coda_jax import eval
-from coda_jax.evaluation import eval_report
-from tests.test_eval import Colours
-
-def noted(*args):
-  print("a report", file=sys.stderr)
-  write(*args)
-
-write, eval_report.write, eval.Networks = eval_report.write, noted, Colours
-eval.main()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["tokenizers", "generator"])
-def test_two_processes_measure_what_one_does(folder, tmp_path, what):
-  """Of 4 devices each, into one folder; one of them writes the report."""
-  words = tokenizers(folder)
-  if what == "generator":
-    words = ["--generator", folder / "generator", "--count", 3, "--steps", 4]
-  words = ["-c", PROGRAM, *map(str, words), f"--data=folder:{folder}/real"]
-  words += ["--batch-size=4", "--part=2", "--resize-ratio=none"]
-  found = []
-  for name, several in (("one", [[]]), ("two", processes.flags(2))):
-    commands = [[*words, f"--output={tmp_path}/{name}", *flags] for flags in several]
-    with processes.started(commands, cache=tmp_path / "cache", devices=4) as started:
-      codes, errors = processes.ended(started)
-    assert set(codes) == {0}, errors
-    assert "".join(errors).count("a report") == 1, errors
-    found.append(json.loads((tmp_path / name / "results.json").read_text()))
-  one, two = map(jax.tree.flatten, found)
-  assert one[1] == two[1]
-  for a, b in zip(one[0], two[0], strict=True):
-    assert b == (pytest.approx(a, rel=1e-6, abs=1e-6) if isinstance(a, float) else a)
-  files = [{p.name for p in (tmp_path / n).rglob("*")} for n in ("one", "two")]
-  assert files[0] == files[1] and "report.html" in files[0]

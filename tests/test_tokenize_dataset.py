@@ -15,7 +15,7 @@ import pytest
 from coda_jax import outputs, tokenize_dataset, weights
 from coda_jax.data import decode, pipeline, sources, tokens
 from coda_jax.errors import UserError
-from tests import processes, tiny
+from tests import tiny
 from tests.training import runs
 
 
@@ -295,21 +295,3 @@ def test_processes_share_the_shards_and_take_those_of_a_killed_one(folder, flipp
   assert not list(tmp_path.glob("out/.lock*"))
   found = everything(tokens.TokenSource(tmp_path / "out"))
   assert sorted(map(tuple, found[0])) == sorted(map(tuple, everything(flipped)[0]))
-
-
-@pytest.mark.slow
-def test_processes_that_are_joined_write_what_one_does(folder, tmp_path):
-  """Two of 4 devices each; file by file the images, in their order, with labels and ids."""
-  words = ["-m", "coda_jax.tokenize_dataset", f"--tokenizer={folder}/tokenizer", "--shards=5"]
-  words += [f"--data=folder:{folder}/images@train", "--flip", "--batch-size=8"]
-  for name, several in (("one", [[]]), ("two", processes.flags(2))):
-    commands = [[*words, f"--output={tmp_path}/{name}", *flags] for flags in several]
-    with processes.started(commands, cache=tmp_path / "cache", devices=4) as started:
-      codes, errors = processes.ended(started)
-    assert set(codes) == {0}, errors
-    assert errors[1:] == [""] * (len(several) - 1)
-  one, two = (tokens.TokenSource(tmp_path / name) for name in ("one", "two"))
-  assert one.manifest == two.manifest and len(two) == 48
-  assert {p.name for p in one.path.iterdir()} == {p.name for p in two.path.iterdir()}
-  for ours, theirs in zip(everything(two), everything(one), strict=True):
-    np.testing.assert_array_equal(ours, theirs)
