@@ -45,13 +45,17 @@ def folder(tmp_path_factory):
   return folder
 
 
+def call(folder, output, several, *words):
+  """(exit codes, errors) of processes that have the words and each some of `several`."""
+  words = ["-c", PROGRAM, *map(str, words), f"--output={output}"]
+  commands = [[*words, *own] for own in several]
+  with processes.started(commands, cache=folder / "cache", devices=4) as started:
+    return processes.ended(started, timeout=600)
+
+
 def run(folder, output, count, *words):
   """How often the processes wrote what, all together."""
-  words = ["-c", PROGRAM, *map(str, words), f"--output={output}"]
-  several = processes.flags(count) if count > 1 else [[]]
-  commands = [[*words, *flags] for flags in several]
-  with processes.started(commands, cache=folder / "cache", devices=4) as started:
-    codes, errors = processes.ended(started, timeout=600)
+  codes, errors = call(folder, output, processes.flags(count) if count > 1 else [[]], *words)
   assert set(codes) == {0}, errors
   lines = "\n".join(errors).splitlines()
   return collections.Counter(line for line in lines if line.startswith("writes "))
@@ -99,3 +103,17 @@ def test_an_evaluation(folder, tmp_path, what):
       theirs = pytest.approx(theirs, rel=1e-6, abs=1e-6)
     assert ours == theirs
   assert names(tmp_path / "two") == names(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_hosts_that_see_other_images(folder, tmp_path):
+  first, second = processes.flags(2)
+  second.append(f"--data=folder:{folder}/images@val")
+  words = ["eval", f"--tokenizer={folder}/tokenizer", f"--data=folder:{folder}/images@train"]
+  codes, errors = call(folder, tmp_path / "out", [first, second], *words)
+  assert codes == [1, 1], errors
+  for error in errors:
+    line = error.splitlines()[-1]
+    assert line.startswith("error: process 1 on ")
+    assert f"not what process 0 measures (data was 'folder:{folder}/images@train', is" in line
+  assert not (tmp_path / "out").exists()
