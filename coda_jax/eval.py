@@ -25,6 +25,7 @@ from coda_jax.evaluation.record import Side
 from coda_jax.evaluation.yardsticks import yardsticks
 from coda_jax.generation import options
 from coda_jax.generation.generator import load_generator
+from coda_jax.hosts import Hosts
 
 _OF_TEXTS = ("prompt", "prompts", "negative_prompt")
 _OF_GENERATORS = ("sweep_steps", "sweep_guidance", "yardsticks")
@@ -121,17 +122,21 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
   """Writes the results; see the module's docstring."""
   _check_usage(args)
-  with distributed.joined(args):
-    _run(args)
+  with distributed.joined(args) as hosts:
+    _run(args, hosts)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
   args.output = storage.on_disk(
     args.output, "an evaluation maps what it keeps; name a folder on a disk, copy the results after"
   )
   evaluation, title = (_samples if args.samples or args.generator else _reconstructions)(args)
   if args.save_statistics and evaluation.networks.inception is None:
     raise UserError(f"--save-statistics: {evaluation.networks.notes[0]}")
+  if hosts is not None:
+    settings = evaluation.settings()
+    comparison.check_same(settings, hosts.of_first("evaluation", settings))
+    hosts.wait("the same evaluation")
 
   def report(found, parts) -> None:
     if args.save_statistics:

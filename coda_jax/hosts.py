@@ -25,13 +25,14 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed
 
-from coda_jax import cli
+from coda_jax import cli, storage
 from coda_jax.config import to_json
 from coda_jax.data import inventory
-from coda_jax.errors import describe
+from coda_jax.errors import UserError, describe
 
 _PREFIX = "coda_jax"  # of our keys
 _DAY = 86400.0
+SEEN = 60.0  # seconds in which network file systems show a new file to other hosts
 # Failures of jax that the loss of another process may have caused.
 _OF_OTHERS = re.compile(
   r"gloo|unavailable|deadline|connect|socket|barrier|aborted|cancel|unhealthy", re.IGNORECASE
@@ -112,6 +113,23 @@ class Hosts:
     """Raises UserError if this host sees other data than process 0; a collective."""
     inventory.check_same(found, self.of_first("data", to_json(found)))
     self.wait("the same data")
+
+  def check_shared(self, file: storage.Path, option: str) -> None:
+    """Raises UserError if this host does not see a file that process 0 has made; a collective.
+
+    Args:
+      option: what named the file's folder, for the message.
+    """
+    self.wait(f"{option} is written")
+    end = time.monotonic() + SEEN
+    while not file.exists():
+      if time.monotonic() > end:
+        raise UserError(
+          f"{option}={file.parent} is not the folder that process 0 writes to; name a bucket, or a "
+          "folder that all hosts share"
+        )
+      time.sleep(0.2)
+    self.wait(f"{option} is shared")
 
   # News: a sequence that all processes hear in one order.
 

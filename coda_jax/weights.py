@@ -322,6 +322,13 @@ def save_tokenizer(
   write_directory(path, "tokenizer", fields, _numpy(tokenizer), made=made, averaged=averaged)
 
 
+def read_tokenizer_config(path: Path) -> TokenizerConfig:
+  """The shape of the tokenizer in a directory. Raises UserError as `load_tokenizer`."""
+  fields = read_config(path, "tokenizer")
+  del fields["fingerprint"]
+  return config_from_fields(TokenizerConfig, fields, f"{path}/config.json")
+
+
 def load_tokenizer(
   path: Path, *, dtype: DTypeLike = jnp.float32, cls: type[Tok] = Tokenizer
 ) -> Tok:
@@ -334,9 +341,7 @@ def load_tokenizer(
   Raises:
     UserError: missing, damaged or foreign files.
   """
-  fields = read_config(path, "tokenizer")
-  del fields["fingerprint"]
-  config = config_from_fields(TokenizerConfig, fields, f"{path}/config.json")
+  config = read_tokenizer_config(path)
   return build(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)), read_arrays(path), str(path))
 
 

@@ -120,7 +120,7 @@ def to_torch(tokenizer: Path, output: Path, *, overwrite: bool = False) -> None:
   """
   tokenizer, output = _expanded(tokenizer), _expanded(output)
   outputs.check_output(output, "to-torch", overwrite=overwrite, inputs=[tokenizer])
-  config = _tokenizer_config(tokenizer)
+  config = weights.read_tokenizer_config(tokenizer)
   if not config.quantizer.lookup_class.in_official_code:
     raise UserError(f"{tokenizer}: the official code has no {config.quantizer.lookup} look-up")
   if config.vae.norm_patch:
@@ -152,7 +152,7 @@ def resize(tokenizer: Path, output: Path, *, image_size: int, overwrite: bool = 
   """
   tokenizer, output = storage.path(tokenizer), storage.path(output)
   outputs.check_output(output, "tokenizer", overwrite=overwrite, inputs=[tokenizer])
-  config = _tokenizer_config(tokenizer)
+  config = weights.read_tokenizer_config(tokenizer)
   if image_size < 1:
     raise UserError(f"the image size is {image_size}; it must be at least 1 (--image-size)")
   sides = config.quantizer.level_sizes(*config.vae.latent_size(image_size, image_size))
@@ -160,12 +160,6 @@ def resize(tokenizer: Path, output: Path, *, image_size: int, overwrite: bool = 
   config = dataclasses.replace(config, quantizer=quantizer, image_size=image_size)
   kind, fields = _described(config)
   weights.write_directory(output, kind, fields, weights.read_arrays(tokenizer))
-
-
-def _tokenizer_config(tokenizer: Path) -> TokenizerConfig:
-  fields = weights.read_config(tokenizer, "tokenizer")
-  del fields["fingerprint"]
-  return weights.config_from_fields(TokenizerConfig, fields, f"{tokenizer}/config.json")
 
 
 def _kind(layout: str) -> str:

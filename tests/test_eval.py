@@ -11,7 +11,7 @@ from PIL import Image
 from coda_jax import cli, eval, weights
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
-from coda_jax.evaluation import conventions, entries, parts
+from coda_jax.evaluation import comparison, conventions, entries, parts
 from coda_jax.evaluation.features import Networks
 from coda_jax.evaluation.image_quality import psnr, to_uint8
 from coda_jax.evaluation.kernel import kernel_distance
@@ -195,6 +195,15 @@ def test_another_evaluation_is_refused_and_what_holds_is_taken_again(
   (tmp_path / "mine" / "results.json").write_text("{}")
   with pytest.raises(UserError, match="mine is not empty and holds no evaluation"):
     run(folder, tmp_path / "mine", *words, "--overwrite")
+
+
+def test_other_images_at_the_same_place():
+  """As two hosts may see them; `tests/test_joined.py` has real ones."""
+  ours = {"options": {"data": "folder:x"}, "sets": {"real": {"source": "a", "cut": (1, 2)}}}
+  comparison.check_same(ours, json.loads(json.dumps(ours)))
+  theirs = {"options": ours["options"], "sets": {"real": {"source": "b", "cut": [1, 2]}}}
+  with pytest.raises(UserError, match="not what process 0 measures .its weights or images were"):
+    comparison.check_same(ours, theirs)
 
 
 def test_samples_of_a_folder_and_of_a_file_are_alike(folder, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from coda_jax import outputs, tokenize_dataset, weights
 from coda_jax.data import decode, pipeline, sources, tokens
 from coda_jax.errors import UserError
-from tests import processes, tiny
+from tests import tiny
 from tests.training import runs
 
 
@@ -293,16 +293,5 @@ def test_processes_share_the_shards_and_take_those_of_a_killed_one(folder, flipp
   assert (one.returncode, two.returncode) == (0, 0)
   assert len(taken) == len(set(taken)) == 12 and first in taken
   assert not list(tmp_path.glob("out/.lock*"))
-  found = everything(tokens.TokenSource(tmp_path / "out"))
-  assert sorted(map(tuple, found[0])) == sorted(map(tuple, everything(flipped)[0]))
-
-
-@pytest.mark.slow
-def test_processes_that_are_joined_share_the_shards(folder, flipped, tmp_path):
-  words = ["-m", "coda_jax.tokenize_dataset", f"--tokenizer={folder}/tokenizer", "--shards=4"]
-  words += [f"--data=folder:{folder}/images@train", f"--output={tmp_path}/out", "--flip"]
-  with processes.started([[*words, *flags] for flags in processes.flags(2)]) as two:
-    codes, errors = processes.ended(two)
-  assert codes == [0, 0], errors
   found = everything(tokens.TokenSource(tmp_path / "out"))
   assert sorted(map(tuple, found[0])) == sorted(map(tuple, everything(flipped)[0]))

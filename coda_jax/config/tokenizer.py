@@ -20,6 +20,8 @@ from coda_jax.config.schema import (
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.models.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,16 @@ class TokenizerSettings:
   lora: LoRAConfig | None = None
   image_size: int = ranged(256, least=1)
   start: str = ""
+
+  def shape(self, start: VAEConfig | TokenizerConfig) -> TokenizerConfig:
+    """Shape of the tokenizer that is trained, from that of `vae` or of the tokenizer `start`.
+
+    Raises:
+      UserError: the quantizer does not fit the latents.
+    """
+    if isinstance(start, VAEConfig):
+      return TokenizerConfig(start, self.quantizer, self.lora, self.image_size)
+    return dataclasses.replace(start, lora=start.lora or self.lora)
 
 
 @dataclasses.dataclass(frozen=True)

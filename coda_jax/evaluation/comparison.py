@@ -106,6 +106,15 @@ def claim(output: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> bo
   return (output / RESULTS).exists()
 
 
+def check_same(ours: dict[str, Any], first: dict[str, Any]) -> None:
+  """Raises UserError if the settings of this process are not those of process 0."""
+  if (ours := json.loads(json.dumps(ours))) != first:
+    raise UserError(
+      f"this is not what process 0 measures ({_difference(first, ours)}); every host must see the "
+      "same images and weights: a shared folder, or a full copy on each"
+    )
+
+
 def _difference(there: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
   for name in [*there["options"], *ours["options"]]:
     a, b = (x["options"].get(name) for x in (there, ours))

@@ -20,7 +20,7 @@ from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.models.dino import DINO
 from coda_jax.models.lpips import LPIPS
-from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD_VAE, AutoencoderKL, VAEConfig
 
 # That of the demo, which `make demo` converts.
@@ -126,7 +126,7 @@ def _for_generator(
         "--tokenizer-config=configs/mar.py"
       )
     t = tokenizer.tokenizer
-    made = TokenizerConfig(vae_config(t), t.quantizer, t.lora, t.image_size)
+    made = t.shape(weights.read_tokenizer_config(t.start) if t.start else vae_config(t))
     make = lambda: Tokenizer(made, rngs=nnx.Rngs(0))
     where = _write(folder / "tokenizer", "tokenizer", dataclasses.asdict(made), make)
   fields, path = weights.read_config(where, "tokenizer"), storage.path(data.train)

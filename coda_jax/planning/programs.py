@@ -19,7 +19,7 @@ from coda_jax import config as c
 from coda_jax.data import pipeline, tokens
 from coda_jax.generation import generator, sampler
 from coda_jax.models.maskgit import MaskGIT
-from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from coda_jax.models.tokenizer import Tokenizer
 from coda_jax.planning import inputs
 from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from coda_jax.training.registry import TRAINERS
@@ -178,9 +178,7 @@ def _sample(trainer: MaskGITTrainer) -> Program:
   """
   config, mesh, size = trainer.model_config, trainer.mesh, trainer.config.eval.batch_size
   dtype = jnp.dtype(trainer.config.dtype)
-  fields = weights.read_config(trainer.config.data.tokenizer, "tokenizer")
-  del fields["fingerprint"]
-  t = weights.config_from_fields(TokenizerConfig, fields, "the tokenizer")
+  t = weights.read_tokenizer_config(trainer.config.data.tokenizer)
   rngs = lambda: nnx.Rngs(0)
   model, model_arrays = arrays.split(
     nnx.eval_shape(lambda: MaskGIT(config, dtype=dtype, rngs=rngs()))

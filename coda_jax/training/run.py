@@ -54,6 +54,8 @@ def train(
         data.log(f"config.{key}")
       workdirs.check_data(workdir, found, accept_changed_data)
       workdirs.claim(workdir, fields, found)
+    if hosts is not None:  # each would wait for the others' part of the first checkpoint for ever
+      hosts.check_shared(workdir / outputs.LOCK, "--workdir")
     log.info("%s", _plan(trainer))
     return loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields, preemption)
 

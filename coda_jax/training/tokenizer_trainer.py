@@ -130,7 +130,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     Without LPIPS weights the perceptual term is left out, with a line that says so.
     """
     if config.tokenizer.start:
-      size = weights.read_config(config.tokenizer.start, "tokenizer")["image_size"]
+      size = weights.read_tokenizer_config(config.tokenizer.start).image_size
       tokenizer = dataclasses.replace(config.tokenizer, image_size=size)
       config = dataclasses.replace(config, tokenizer=tokenizer)
     losses = config.losses
@@ -178,11 +178,10 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     t = self.config.tokenizer
     if not t.start:
       vae = weights.load_vae(t.vae)
-      shape = TokenizerConfig(vae.config, t.quantizer, t.lora, t.image_size)
-      return shape, {f"vae.{path}": x for path, x in arrays.of(vae).items()}
+      return t.shape(vae.config), {f"vae.{path}": x for path, x in arrays.of(vae).items()}
     start = weights.load_tokenizer(t.start)
     log.info("starting from %s: its VAE, quantizer and image size", t.start)
-    return dataclasses.replace(start.config, lora=start.config.lora or t.lora), arrays.of(start)
+    return t.shape(start.config), arrays.of(start)
 
   def _load_lpips(self):
     """LPIPS for the loss or for evaluations; None if neither wants it or it is not installed."""

@@ -1,17 +1,23 @@
 """Programs from shapes alone are those of a run that reads its weights and data."""
 
+import dataclasses
+
 import jax
 import pytest
 
-from coda_jax import cli, sharding
+from coda_jax import cli, sharding, weights
 from coda_jax import config as c
+from coda_jax.data import tokens
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.tokenizer import TokenizerConfig
 from coda_jax.models.vae import FLUX2_VAE, FLUX_VAE, MAR_VAE, SD_VAE
 from coda_jax.planning import inputs, programs
 from coda_jax.training import registry
 from tests import tiny
 from tests.training import runs
+
+TINY = TokenizerConfig(runs.VAE, QuantizerConfig(8, (1, 2), chunk_size=8), image_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,17 @@ def test_programs_of_a_generator(generator, tokenizer, what):
   if what == "sample":
     assert out.shape == (8, 32, 32, 3)
   program.lower()
+
+
+def test_a_generator_whose_tokenizer_starts_from_another(generator, folder, tmp_path):
+  """The start's quantizer, VAE and image size count; adapters are added."""
+  weights.save_tokenizer(tiny.tokenizer(TINY), tmp_path / "start")
+  start = {"tokenizer__start": str(tmp_path / "start"), "tokenizer__vae": "nowhere"}
+  training = registry.resolve(c.config_dict(runs.config(folder, **start)))
+  settings = inputs.stand_in(generator, tmp_path, training)
+  found = weights.read_tokenizer_config(settings.data.tokenizer)
+  assert found == dataclasses.replace(TINY, lora=runs.LORA)
+  assert tokens.TokenSource(settings.data.train).manifest["patch_sizes"] == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])

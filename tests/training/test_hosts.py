@@ -194,3 +194,20 @@ def test_data_of_one_host_are_missing(folder, tmp_path, images):
     line = error.splitlines()[-1]
     assert line.startswith("error: process 1 on ") and f"{tmp_path}/images" in line
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared(folder, tmp_path):
+  """Process 1 has a folder of its own, as on the disk of each host."""
+  program = "from coda_jax import hosts, train; hosts.SEEN = 1.0; train.main()"
+  words = ["-c", program, f"--config={folder}/config.py"]
+  commands = [
+    [*words, f"--workdir={tmp_path}/{i}", *flags] for i, flags in enumerate(processes.flags(2))
+  ]
+  with processes.started(commands, devices=4) as started:
+    codes, errors = processes.ended(started)
+  assert codes == [1, 1], errors
+  for error in errors:
+    line = error.splitlines()[-1]
+    assert line.startswith("error: process 1 on ")
+    assert f"--workdir={tmp_path}/1 is not the folder that process 0 writes to" in line
