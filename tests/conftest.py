@@ -36,7 +36,13 @@ SLOW_GOLDENS += (
   "coda_flux_vae",
   "coda_mar_vae",
 )
-SLOW_GOLDENS += ("flux_vae_bfl", "sd_vae_ldm_small", "sd3_vae_small", "flux2_vae_diffusers_small")
+SLOW_GOLDENS += (
+  "flux_vae_bfl",
+  "flux_vae_diffusers",
+  "sd_vae_ldm_small",
+  "sd3_vae_small",
+  "flux2_vae_diffusers_small",
+)
 
 
 class Golden:

@@ -60,6 +60,7 @@ def test_images_npz_and_filmstrip(folder, tmp_path):
     run(folder, out)
 
 
+@pytest.mark.slow
 def test_edits(folder, tmp_path):
   image, out = folder / "real/0.png", tmp_path / "out"
   original = generate._read(str(image), 16)

@@ -38,6 +38,7 @@ def run(folder, images, output, *words):
   reconstruct.run(reconstruct.parser().parse_args(list(map(str, args))))
 
 
+@pytest.mark.slow
 def test_a_folder_of_several_sizes(folder, tmp_path, capsys):
   out = tmp_path / "out"
   run(folder, folder / "images", out, "--levels", 2)

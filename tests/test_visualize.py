@@ -55,6 +55,7 @@ def run(folder, output, *words):
   visualize.run(visualize.parser().parse_args(list(map(str, args))))
 
 
+@pytest.mark.slow
 def test_report_of_two_tokenizers(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(weights, "find_lpips", lambda path: (MeanSquare(), ""))
   measured = []

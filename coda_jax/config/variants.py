@@ -72,7 +72,7 @@ def best(config: ml_collections.ConfigDict, prefix: str, arg: str) -> ml_collect
     config: the paper's recipe.
     prefix: of the directories to start from: PREFIX_free, PREFIX_free_half, PREFIX_data.
     arg: "" and "half" adapt the decoder of a training-free tokenizer, whose codes stay; "data"
-      trains the paper's quantizer from data. A fifth of the epochs, since codes are there.
+      trains the paper's quantizer from data. Two epochs, since codes are there.
 
   Raises:
     UserError: another `arg`.
@@ -80,12 +80,15 @@ def best(config: ml_collections.ConfigDict, prefix: str, arg: str) -> ml_collect
   starts = {"": "free", "half": "free_half", "data": "data"}
   if arg not in starts:
     raise UserError(f"config argument {arg!r} is none of half, data")
-  config.tokenizer.start = f"{prefix}_{starts[arg]}"
-  config.epochs = max(1, config.epochs // 5)
+  changes = {
+    "tokenizer": {"start": f"{prefix}_{starts[arg]}"},
+    "epochs": 2,
+  }
   if arg == "data":
-    config.optimizer.rates = ((r"^quantizer\.", 0.1),)
+    changes["optimizer"] = {"rates": ((r"^quantizer\.", 0.1),)}
   else:
-    config.trainable = (("LoRAParam", "decoder"),)
+    changes["trainable"] = (("LoRAParam", "decoder"),)
+  config.update(changes)
   return config
 
 

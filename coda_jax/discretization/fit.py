@@ -78,7 +78,7 @@ def fit(
     raise UserError(f"latents of {side}x{side} cannot be cut into blocks of {block}x{block}")
   tried = [_fit(train, test, gradients, bits, codes, method, b) for b in blocks]
   best = min(tried, key=lambda f: f.error)
-  compared = {f.config.block: f.error for f in tried}
+  compared = {b: f.error for b, f in zip(blocks, tried, strict=True)}
   return dataclasses.replace(best, compared=compared)
 
 

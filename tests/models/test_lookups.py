@@ -205,6 +205,7 @@ class SignLookup(lookups.CodebookLookup):
     return lookups.Found(ids, self.values()[ids], codes, vq_loss=jnp.square(x).mean())
 
 
+@pytest.mark.slow
 def test_a_further_look_up_is_a_class_and_a_line(monkeypatch):
   monkeypatch.setitem(lookups.LOOKUPS, "sign", SignLookup)
   config = dataclasses.replace(ATTENTION, lookup="sign")
