@@ -27,7 +27,7 @@ RUN = c.TrainConfig(
   tokenizer=c.TokenizerSettings(
     vae="vae",
     lora=LoRAConfig(rank=2),
-    quantizer=QuantizerConfig(codebook_size=64, patch_sizes=(1, 2), chunk_size=64),
+    quantizer=QuantizerConfig(codebook_size=64, patch_sizes=(2, 8), chunk_size=64),
     image_size=32,
   ),
   data=c.DataSettings(train="folder:images@train", eval="folder:images@val", batch_size=4),
@@ -102,9 +102,10 @@ def run_all(run: Commands, folder: pathlib.Path, place: str) -> None:
   run("train", *train, "--config.steps=2")
   run("train", *train)  # continues it
   # A config of the package by its name.
-  run("train", "--config=configs/demo.py", "--config.tokenizer.vae=vae", "--config.steps=1",
-      "--config.tokenizer.image_size=32", "--config.tokenizer.quantizer.patch_sizes=(1,2)",
-      "--config.data.train=folder:images@train", "--config.data.eval=folder:images@val")  # fmt: skip
+  data = ["--config.data.train=folder:images@train", "--config.data.eval=folder:images@val"]
+  size = ["--config.tokenizer.image_size=32", "--config.tokenizer.quantizer.patch_sizes=(2,8)"]
+  named = ["--config=configs/demo.py", "--config.tokenizer.vae=vae", "--config.steps=1"]
+  run("train", *named, *data, *size)
   model = f"{place}/tokenizer/tokenizer"
   tokenizer, images = ["--tokenizer", model], ["--data", "folder:images@val"]
   run("reconstruct", *tokenizer, "--images", "images/val", "--output", f"{place}/reconstructions")
@@ -116,12 +117,12 @@ def run_all(run: Commands, folder: pathlib.Path, place: str) -> None:
   run("train", "--config=config.py:generator", f"--workdir={place}/generator")
   generator = [f"{place}/generator/generator", "--classes", 0, "--steps", 2]
   run("generate", "--model", *generator, "--output", f"{place}/samples")
-  run("discretize", "--vae", "vae", "--data", "folder:images@train", "--bits", 20, "--images", 8,
-      "--gradients", 4, "--image-size", 32, "--output", "discrete")  # fmt: skip
+  few = ["--image-size", 32, "--bits", 128, "--images", 8, "--gradients", 4]
+  run("discretize", "--vae", "vae", *images, *few, "--output", "discrete")
   run("ablate", "--config=config.py:ablation", "--workdir=ablation")
   if not place.startswith("gs:"):
     run("convert", "to-torch", model, "--output", "torch")
-    sizes = ("--patch-sizes", "1,2", "--image-size", 32, *options)
+    sizes = ("--patch-sizes", "2,8", "--image-size", 32, *options)
     run("convert", "coda-mar", "torch", *sizes, "--output", "again")
   if has("libtpu"):
     shape = ("--topology=v5e-4", "--config.data.batch_size=4")
