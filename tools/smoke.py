@@ -127,8 +127,7 @@ def run_all(run: Commands, folder: pathlib.Path, place: str) -> None:
   if has("libtpu"):
     shape = ("--topology=v5e-4", "--config.data.batch_size=4")
     run("compile_check", "--config=config.py:tokenizer", *shape)
-  if has("gradio"):
-    run("serve", "--help")
+  run("serve", "--help")
   for file in ("report/report.html", "eval/results.json", "ablation/tables.md"):
     assert (folder / file).exists(), file
 
