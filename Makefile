@@ -27,7 +27,7 @@ test-lowest:
 	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra gcs --python $(LOWEST)/bin/python \
 	  --output-file $(LOWEST)/pins.txt pyproject.toml
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/pins.txt gcp-storage-emulator
-	$(LOWEST)/bin/python -m tools.smoke
+	PYTHONPATH=$(CURDIR) $(LOWEST)/bin/python tools/smoke.py
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

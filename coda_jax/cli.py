@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import jax
 import ml_collections
+import tqdm
 from absl import flags
 from ml_collections import config_flags
 
@@ -261,6 +262,16 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+class _Lines(logging.StreamHandler):
+  """Lines on stderr that stand above the progress bars of a terminal, not within one."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if not self.stream.isatty():
+      return super().emit(record)
+    with tqdm.tqdm.external_write_mode(file=self.stream):
+      super().emit(record)
+
+
 def quiet() -> None:
   """Silences what libraries print by themselves; the `coda_jax` logger writes to stderr."""
   for name, value in _QUIET_ENVIRONMENT.items():
@@ -272,7 +283,7 @@ def quiet() -> None:
   log = logging.getLogger("coda_jax")
   log.setLevel(logging.INFO)
   if not log.handlers:
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+import tqdm
 from PIL import Image
 
 from coda_jax import cli, weights
@@ -124,7 +125,10 @@ def run(args: argparse.Namespace) -> None:
     made = {what: function(x) for what, function in functions.items()}
     return {what: BatchResult(images, distance(images)) for what, images in made.items()}
 
-  with written_aside(args.output, "reconstruct") as folder:
+  with (
+    written_aside(args.output, "reconstruct") as folder,
+    tqdm.tqdm(total=len(names), unit="image", disable=None) as bar,
+  ):
     rows, metrics = {}, {}
     files = file_names(names)
     for batch, results in outputs(reconstruct, source.batches(args.batch_size)):
@@ -138,6 +142,7 @@ def run(args: argparse.Namespace) -> None:
         if index < _GRID_IMAGES:
           shown = batch["image"][i], *(images[i] for images in made.values())
           rows[index] = [figures.thumbnail(image) for image in shown]
+      bar.update(len(batch["index"]))
     if not metrics:
       raise UserError(f"{args.images} has no readable image")
     metrics = [metrics[i] for i in sorted(metrics)]

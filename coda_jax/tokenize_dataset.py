@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import tqdm
 
 from coda_jax import arrays, cli, distributed, outputs, sharding, storage, weights
 from coda_jax.data import inventory, pipeline, records, rng, sources, tokens
@@ -157,16 +158,19 @@ def _write(
   def write(i: int) -> None:
     file = args.output / shards[i]["file"]
     counts = _kept(source, views, file, with_text=texts is not None)
+    rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
     if counts is None:
-      rows = order[i * len(source) // len(shards) : (i + 1) * len(source) // len(shards)]
-      counts = _write_shard(args, source, rows, encode, views, texts, file)
+      counts = _write_shard(args, source, rows, encode, views, texts, file, bar)
       log.info("%s: shard %d of %d", args.output, i + 1, len(shards))
+    else:
+      bar.update(len(rows))
     keys = ("images", "unreadable", *(("captions", "captions_cut") if texts else ()))
     shards[i] |= {key: counts[key] for key in keys}
     bad.extend(counts.get("unreadable_rows", []))
 
   tasks = [*range(first, len(shards)), *range(first)]
-  outputs.shared(args.output, tasks, write, "shards")
+  with tqdm.tqdm(total=len(source), unit="image", disable=None) as bar:
+    outputs.shared(args.output, tasks, write, "shards")
   manifest |= {"images": sum(s["images"] for s in shards), "unreadable": len(bad)}
   if pipeline.too_many_unreadable(len(bad), len(source), args.max_unreadable):
     names = ", ".join(source.name(row) for row in sorted(bad)[:3])
@@ -209,11 +213,8 @@ def _claim(output: storage.Path, manifest: dict) -> bool:
     theirs = there.get(key)
     if key == "shards":
       ours, theirs = len(ours), len(theirs or [])
-    if (
-      key in ("complete", "order", "text")
-      or (key == _SOURCE and key not in there)
-      or ours == theirs
-    ):
+    older = key == _SOURCE and key not in there
+    if older or ours == theirs or key in ("complete", "order", "text"):
       continue
     if key == _SOURCE:
       raise UserError(
@@ -299,6 +300,7 @@ def _write_shard(
   views: Views,
   texts: text_shards.Texts | None,
   file: storage.Path,
+  bar: tqdm.tqdm,
 ) -> dict:
   """Writes the shard of the images `rows` and their texts, and its counts, which it returns."""
   ids, labels, readable, unreadable = [], [], [], []
@@ -321,6 +323,7 @@ def _write_shard(
         padded = np.zeros((n, size, size, 3), np.uint8)  # one shape compiles once
         padded[: len(batch)] = batch
         ids.append(encode(padded)[: len(batch)])
+      bar.update(len(part))
   counts = {"images": len(labels), "unreadable": len(unreadable), "unreadable_rows": unreadable}
   numbers = np.asarray(labels, np.int32)
   file.unlink(missing_ok=True)  # a shard never stands beside another one's texts or counts

@@ -186,7 +186,7 @@ def _open_embedded(path: str, split: str | None) -> ImageSource:
   if not EMBEDDED_PHOTOS.is_dir():
     raise UserError(
       f"the embedded photos are not at {EMBEDDED_PHOTOS}: they come with a checkout of the"
-      " repository, not with an installed package"
+      " repository, not with an installed package; name your own, for example folder:PATH@train"
     )
   if split is None:
     raise UserError(

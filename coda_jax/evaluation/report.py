@@ -4,6 +4,8 @@ import html
 import pathlib
 from collections.abc import Sequence
 
+import tqdm
+
 from coda_jax.evaluation import figures, html_page, latent_report, tokenizer_plots
 from coda_jax.evaluation.runs import Reference, Run
 
@@ -30,14 +32,17 @@ def write_report(
     The files written.
   """
   picture = html_page.Pictures(path)
-  sections = [
-    _overview(runs, reference),
-    _reconstructions(runs, reference, picture),
-    _levels(runs, reference, picture),
-    _usage(runs, picture),
-    latent_report.section(runs, lambda *image, text: html_page.figure(picture(*image), text)),
-    _training(runs, picture),
+  shown = lambda *image, text: html_page.figure(picture(*image), text)
+  parts = [
+    lambda: _overview(runs, reference),
+    lambda: _reconstructions(runs, reference, picture),
+    lambda: _levels(runs, reference, picture),
+    lambda: _usage(runs, picture),
+    lambda: latent_report.section(runs, shown),
+    lambda: _training(runs, picture),
   ]
+  bar = tqdm.tqdm(parts, desc="figures", unit="section", disable=None)
+  sections = [part() for part in bar]
   measured = [
     f"Images: {html.escape(reference.data)}.",
     "Latents are the posterior's mean. PSNR and SSIM (11 × 11 Gaussian window, σ 1.5) are taken of "

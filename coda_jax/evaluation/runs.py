@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -155,7 +155,7 @@ def measure_vae(
     return BatchResult(made, lpips_from(lpips, x)(made))
 
   qualities, pictures = [], []
-  for batch, result in outputs(reconstruct, in_batches(images, batch_size)):
+  for batch, result in outputs(reconstruct, _batches(images, batch_size, "continuous VAE")):
     qualities.append(Quality.of(Batch(batch["image"], result)))
     pictures.append(to_uint8(result.images, "nearest"))
   quality, sample = functools.reduce(Quality.merge, qualities), _sample(len(images))
@@ -195,9 +195,9 @@ def measure_tokenizer(
     made = [decode(encoded.quantized[:, k]) for k in levels]
     return encoded, [BatchResult(m, distance(m)) for m in made]
 
-  results = evaluate(with_all_levels, in_batches(images, batch_size))
+  results = evaluate(with_all_levels, _batches(images, batch_size, name))
   encodings, qualities, pictures = [], [], []
-  sample = in_batches(images[_sample(len(images))], batch_size)
+  sample = _batches(images[_sample(len(images))], batch_size, f"{name}, level by level")
   for batch, (encoded, made) in outputs(by_level, sample):
     encodings.append(encoded)
     qualities.append([Quality.of(Batch(batch["image"], result)) for result in made])
@@ -273,6 +273,11 @@ def count_usage(
       usage = usage.merge(CodebookUsage.count(ids, config.codebook_size, level_codes))
   crops = f"{count * batch_size:,} random crops, half of them mirrored, of {len(source)} images"
   return usage, crops
+
+
+def _batches(images: np.ndarray, size: int, what: str) -> Iterable[dict[str, np.ndarray]]:
+  """`in_batches` with a progress bar named `what` on a terminal."""
+  return tqdm.tqdm(in_batches(images, size), desc=what, unit="batch", disable=None)
 
 
 def _sample(count: int) -> Int[np.ndarray, "m"]:

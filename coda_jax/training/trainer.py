@@ -176,7 +176,11 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     """The state before the first update."""
     places = {path: self._state_shardings.params[path] for path in self._given}
     given = jax.device_put(self._given, places)
-    return jax.jit(self._first_state, out_shardings=self._state_shardings)(self._key, given)
+    # At LLVM's default level dozens of random draws compile for minutes on a CPU; the bits of the
+    # draws are the same.
+    quick = {"xla_backend_optimization_level": 1}
+    make = jax.jit(self._first_state, out_shardings=self._state_shardings, compiler_options=quick)
+    return make(self._key, given)
 
   def abstract_state(self) -> State:
     """Shapes, types and shardings of the state."""
