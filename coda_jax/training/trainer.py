@@ -176,10 +176,10 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     """The state before the first update."""
     places = {path: self._state_shardings.params[path] for path in self._given}
     given = jax.device_put(self._given, places)
-    # At LLVM's default level dozens of random draws compile for minutes on a CPU; the bits of the
-    # draws are the same.
-    quick = {"xla_backend_optimization_level": 1}
-    make = jax.jit(self._first_state, out_shardings=self._state_shardings, compiler_options=quick)
+    # On CPUs LLVM takes minutes for dozens of random draws, at this level seconds: the same bits.
+    on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    make = jax.jit(self._first_state, out_shardings=self._state_shardings, compiler_options=options)
     return make(self._key, given)
 
   def abstract_state(self) -> State:
