@@ -176,11 +176,7 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     """The state before the first update."""
     places = {path: self._state_shardings.params[path] for path in self._given}
     given = jax.device_put(self._given, places)
-    # On CPUs LLVM takes minutes for dozens of random draws, at this level seconds: the same bits.
-    on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    make = jax.jit(self._first_state, out_shardings=self._state_shardings, compiler_options=options)
-    return make(self._key, given)
+    return jax.jit(self._first_state, out_shardings=self._state_shardings)(self._key, given)
 
   def abstract_state(self) -> State:
     """Shapes, types and shardings of the state."""
