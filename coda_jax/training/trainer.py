@@ -176,7 +176,7 @@ class Trainer(abc.ABC, Generic[State, Batch]):
     """The state before the first update."""
     places = {path: self._state_shardings.params[path] for path in self._given}
     given = jax.device_put(self._given, places)
-    # jax 0.12 compiles the demo's for 196 s on a CPU, at this level for 10 s; the bits are the same.
+    # On a CPU jax 0.12 takes 196 s for the state of the demo, at this level 10 s; same bits.
     on_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     make = jax.jit(self._first_state, out_shardings=self._state_shardings, compiler_options=options)
