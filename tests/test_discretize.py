@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 import coda_jax
-from coda_jax import cli, discretize, tokenize_dataset, visualize, weights
+from coda_jax import cli, discretize, pretrained, tokenize_dataset, visualize, weights
 from coda_jax import eval as evaluation
 from coda_jax.cards import FILE
 from coda_jax.data.tokens import TokenSource
@@ -116,7 +116,7 @@ def test_options_of_the_other_method_are_refused(folder, tmp_path, words, messag
 
 @pytest.mark.slow
 def test_commands_take_it(folder, tokenizer, monkeypatch):
-  monkeypatch.setattr(weights, "find_lpips", lambda path: (None, "LPIPS is left out"))
+  monkeypatch.setattr(pretrained, "find_lpips", lambda path: (None, "LPIPS is left out"))
   data = ["--tokenizer", folder / "tokenizer", "--data", f"folder:{folder}/photos@train"]
   for module, name in ((evaluation, "eval"), (visualize, "report")):
     words = [*data, "--output", folder / name, "--batch-size", "8"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coda_jax import reconstruct, weights
+from coda_jax import pretrained, reconstruct, weights
 from coda_jax.data.pipeline import normalize
 from coda_jax.errors import UserError
 from coda_jax.evaluation.image_quality import psnr, to_uint8
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-  monkeypatch.setattr(weights, "find_lpips", lambda path: (None, "LPIPS is left out"))
+  monkeypatch.setattr(pretrained, "find_lpips", lambda path: (None, "LPIPS is left out"))
 
 
 def run(folder, images, output, *words):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coda_jax import arrays, cli, visualize, weights
+from coda_jax import arrays, cli, pretrained, visualize, weights
 from coda_jax.config import CheckpointSettings
 from coda_jax.errors import UserError
 from coda_jax.evaluation import runs
@@ -57,7 +57,7 @@ def run(folder, output, *words):
 
 @pytest.mark.slow
 def test_report_of_two_tokenizers(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(weights, "find_lpips", lambda path: (MeanSquare(), ""))
+  monkeypatch.setattr(pretrained, "find_lpips", lambda path: (MeanSquare(), ""))
   measured = []
   write = visualize.write_report
   monkeypatch.setattr(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import coda_jax
-from coda_jax import arrays, weights
+from coda_jax import arrays, pretrained, weights
 from coda_jax.errors import UserError
 from tests import tiny
 
@@ -108,7 +108,7 @@ def test_an_interrupted_save_leaves_the_old_directory(saved, monkeypatch):
   assert [p.name for p in saved.parent.iterdir()] == ["tok"]
 
 
-@pytest.mark.parametrize("load", [weights.load_dino, weights.load_lpips])
+@pytest.mark.parametrize("load", [pretrained.load_dino, pretrained.load_lpips])
 def test_frozen_networks_need_a_converted_directory(tmp_path, load):
   with pytest.raises(UserError, match="no config.json; give a directory that `convert`"):
     load(tmp_path)

@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from coda_jax import arrays, weights
+from coda_jax import arrays, pretrained, weights
 from coda_jax.evaluation.image_quality import psnr, to_uint8
 from coda_jax.models.lpips import LPIPS
 from coda_jax.models.vae import AutoencoderKL, VAEConfig
@@ -182,7 +182,7 @@ def main() -> None:
     start, leaves = pickle.loads(checkpoint.read_bytes())
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
   photos, val = pyramids(args.packages), val_crops()
-  lpips = weights.load_lpips(args.lpips)
+  lpips = pretrained.load_lpips(args.lpips)
   plain, perceptual = (make_step(graphdef, optimizer, x) for x in (None, lpips))
   score, lpips = make_score(graphdef), jax.jit(lpips)
   losses, began = [], time.time()

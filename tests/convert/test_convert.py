@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from coda_jax import cli, weights
+from coda_jax import cli, pretrained, weights
 from coda_jax.errors import UserError
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
@@ -502,7 +502,7 @@ def test_inception_from_either_published_file(tmp_path):
   for name in ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth"):
     file = file.rename(tmp_path / name)
     convert.convert("inception", [file], tmp_path / "inception", overwrite=True)
-    assert weights.load_inception(tmp_path / "inception").fc.kernel.shape == (2048, 1008)
+    assert pretrained.load_inception(tmp_path / "inception").fc.kernel.shape == (2048, 1008)
   file.write_bytes(file.read_bytes()[:-1000])
   with pytest.raises(UserError, match="weights-inception.*damaged, truncated"):
     convert.convert("inception", [file], tmp_path / "other")

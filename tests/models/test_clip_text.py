@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 import convert
-from coda_jax import text, weights
+from coda_jax import pretrained, text, weights
 from coda_jax.errors import UserError
 from coda_jax.models.clip_text import CLIPText, CLIPTextConfig
 from coda_jax.text import bpe
@@ -117,7 +117,7 @@ def test_a_folder_is_converted_and_encodes(tmp_path, caplog):
     found = encoder.encode(["a red bird", "", "word " * 100])
   assert found.shape == (3, 77, 32) and np.isfinite(found).all()
   assert caplog.text.count("1 of 3 texts are longer than 75 tokens and are cut: 'word word") == 1
-  model, _ = weights.load_clip_text(tmp_path / "clip")
+  model, _ = pretrained.load_clip_text(tmp_path / "clip")
   alone = nnx.jit(lambda m, x: m(x))(model, bpe.encode(["a red bird"])[0])
   assert_close(found[:1], alone, 1e-5)
 

