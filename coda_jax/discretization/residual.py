@@ -87,9 +87,9 @@ def _start(
   """Codes [size, C] of images [N, h, w, C]: of each level in turn, in proportion to its side."""
   (n, h, w, c), residual, found = x.shape, x, []
   left, sides = size, sum(patch_sizes)
-  for p in patch_sizes:
+  for level, p in enumerate(patch_sizes, 1):
     vectors = np.asarray(area_resize(jnp.asarray(residual), (p, p))).reshape(-1, c)
-    k = left if p == patch_sizes[-1] else min(max(1, size * p // sides), len(vectors) // 2)
+    k = left if level == len(patch_sizes) else min(max(1, size * p // sides), len(vectors) // 2)
     codes = codebooks.k_means(vectors, k).astype(np.float32)
     values = codes[codebooks.nearest(vectors, codes)].reshape(n, p, p, c)
     residual = residual - np.asarray(bicubic_resize(jnp.asarray(values), (h, w)))
