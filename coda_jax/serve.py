@@ -244,7 +244,7 @@ def _generator_tabs(gr, generator: api.Generator, answered) -> None:
       with gr.Column():
         inputs = controls()
         button = gr.Button("generate", variant="primary")
-      images = gr.Gallery(label="samples", columns=2, format="png", height=520)
+      images = gr.Gallery(label="samples", columns=2, format="png", height=640)
     button.click(make, inputs, images, api_name="generate")
   with gr.Tab("Paint over"):
     with gr.Row():
