@@ -138,7 +138,10 @@ def _folder(workdir: storage.Path, row: str, seed: int) -> storage.Path:
 
 def _wanted(ablation: AblationConfig, settings: TrainConfig) -> dict:
   """What measures depend on; a run whose measures are of other settings is not complete."""
-  return config.to_json(settings) | {"tokens_per_code": ablation.tokens_per_code}
+  wanted = config.to_json(settings) | {"tokens_per_code": ablation.tokens_per_code}
+  if start := settings.tokenizer.start:  # another may come to stand in its place
+    wanted["start"] = weights.fingerprint_of(start, "tokenizer")
+  return wanted
 
 
 def _read(file: storage.Path) -> dict:

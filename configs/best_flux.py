@@ -1,6 +1,6 @@
 """What docs/equal_bits.md found best, on FLUX's VAE: untrained codes, then a decoder for them.
 
-Make the tokenizer first, of as many bits as the paper's 2240 tokens of 16 bits or of half as many:
+Make the tokenizer first, of the bits of 2240 tokens of 65,536 codes or of half as many:
 
   python -m coda_jax.discretize --vae checkpoints/flux_vae --data tfds:imagenet2012@train \\
     --images 4000 --codes 65536 --bits 35840 --output checkpoints/flux_free

@@ -1,5 +1,6 @@
 """The command: rows train once, what is there stays, rows that fail are named; bad input."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -10,6 +11,9 @@ from coda_jax import ablate, cli, config
 from coda_jax.config import AblationConfig
 from coda_jax.errors import UserError
 from coda_jax.evaluation.ablation_tables import check_columns
+from coda_jax.models.quantizer import QuantizerConfig
+from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.models.vae import VAEConfig
 from coda_jax.training import registry
 from tests.training import runs
 
@@ -177,9 +181,11 @@ def test_the_papers_ablations(arg, codes):
 def test_equal_bits(tmp_path, monkeypatch):
   values = cli.load_config("configs/equal_bits.py")
   monkeypatch.chdir(tmp_path)
+  vae, quantizer = VAEConfig(ch_mult=(1, 1, 2)), QuantizerConfig(1024, (1, 16))
+  shape = dataclasses.asdict(TokenizerConfig(vae, quantizer, image_size=64))
   for name in ("free_6800", "free_3400", "data_6800", "data_3400"):
     (tmp_path / "demo" / name).mkdir(parents=True)
-    fields = {"format_version": 1, "kind": "tokenizer", "image_size": 64}
+    fields = {"format_version": 1, "kind": "tokenizer", "fingerprint": "", **shape}
     (tmp_path / "demo" / name / "config.json").write_text(json.dumps(fields))
   ablation = config.freeze(AblationConfig, values)
   check_columns(ablation)

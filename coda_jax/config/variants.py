@@ -83,6 +83,7 @@ def best(config: ml_collections.ConfigDict, prefix: str, arg: str) -> ml_collect
   changes = {
     "tokenizer": {"start": f"{prefix}_{starts[arg]}"},
     "epochs": 2,
+    "ema": {"start_epoch": 0},
   }
   if arg == "data":
     changes["optimizer"] = {"rates": ((r"^quantizer\.", 0.1),)}

@@ -1,14 +1,14 @@
 """The paper's own quantizer from data, without training.
 
 Codes. Each level gets a part of the codebook: centroids, by k-means, of what the levels before it
-leave. A centroid is the mean of what it stands for, so no level adds to the error. Then rounds of
-two steps: every token takes the nearest of all codes, and the codes solve least squares over whole
-images; the chain's output is linear in the codes when the ids are given.
+leave. A centroid is the mean of what it stands for, so a level seldom adds to the error. Then
+rounds of two steps: every token takes the nearest of all codes, and the codes solve least squares
+over whole images; the chain's output is linear in the codes when the ids are given.
 
 Look-up. The error that counts is that of the decoded image, so distances are taken in the
 coordinates x A of `transforms`. Queries and keys are (x A, s) and (c A, s) with one large s: after
-RMS norm their product is √d·g² (1 − |x A − c A|²/2s² + …), whose largest is the nearest code, and
-whose softmax is the posterior of equal Gaussians at the codes for the right g. Projections and
+RMS norm their product / √d is √d·g² (1 − |x A − c A|²/2s² + …), whose largest is the nearest code,
+and whose softmax is the posterior of equal Gaussians at the codes for the right g. Projections and
 norms of the paper hold all of this (Eq. 6 to 8), so the official code reads the result.
 """
 
@@ -52,26 +52,30 @@ def fit_residual(
 
   Raises:
     UserError: there are no patch sizes for these latents, too few bits or too few images.
+
+  Of the images the last, up to 15, are left out where batches of 16 do not divide them.
   """
   side, channels = latents.shape[1], latents.shape[-1]
   patch_sizes = patch_sizes or PATCH_SIZES.get(side, ())
-  if not patch_sizes or patch_sizes[-1] != side:
-    raise UserError(f"latents of {side}x{side} need --patch-sizes that end with {side}")
+  if not patch_sizes or patch_sizes[-1] != side or max(patch_sizes) > side:
+    raise UserError(
+      f"latents of {side}x{side} need --patch-sizes up to {side} that end with {side}"
+    )
   tokens = sum(p * p for p in patch_sizes)
-  size = min(codes, math.floor(2 ** (bits / tokens) + 1e-9))
+  size = math.floor(2 ** min(bits / tokens, math.log2(codes)) + 1e-9)
   if size < 2 * len(patch_sizes):
     raise UserError(
       f"--bits {bits:g} are {size} codes for each of {tokens} tokens; {len(patch_sizes)} levels"
       f" need at least {2 * len(patch_sizes)} (--bits, --codes), or fewer --patch-sizes"
     )
-  if len(latents) < _BATCH:
-    raise UserError(f"{len(latents)} images are too few; read at least {_BATCH} (--images)")
   metric = fit_transform(latents, gradients, 1)
   x = (latents @ metric.analysis).astype(np.float32)
-  x = x[: len(x) // _BATCH * _BATCH].reshape(-1, _BATCH, side, side, channels)
+  batch = min(_BATCH, len(x))
+  x = x[: len(x) // batch * batch]
   nearest = QuantizerConfig(size, patch_sizes, code_dim=channels, lookup="euclidean")
   chain, _ = arrays.split(ResidualQuantizer(nearest, rngs=nnx.Rngs(0)))
-  values = jnp.asarray(_start(x.reshape(-1, side, side, channels), size, patch_sizes))
+  values = jnp.asarray(_start(x, size, patch_sizes))
+  x = jnp.asarray(x.reshape(-1, batch, side, side, channels))
   for _ in range(_ROUNDS):
     values = _least_squares(chain, values, _ids(chain, values, x), x)
   ids = _ids(chain, values, x)
@@ -124,16 +128,23 @@ def _least_squares(
   """Codes for which images decoded from `ids` are nearest to `x`, by conjugate gradients."""
   uses = sum(i.size for i in ids) / len(values)
 
-  def error(codes):
-    def batch(total, item):
-      made = _decoded(chain, codes, item[0])
-      return total + jnp.square(made - item[1]).sum() / 2, None
+  def gradient(codes, centre, scale):
+    """Of half the squared distance of the images to scale·x, and of the codes to the centre."""
 
-    change = jnp.square(codes - values).sum()
-    return jax.lax.scan(batch, _RIDGE * uses * change / 2, (ids, x))[0]
+    def error(codes):
+      def batch(total, item):
+        made = _decoded(chain, codes, item[0])
+        return total + jnp.square(made - scale * item[1]).sum() / 2, None
 
-  gradient, product = jax.linearize(jax.grad(error), values)
-  step, _ = jax.scipy.sparse.linalg.cg(product, -gradient, maxiter=_STEPS)
+      change = jnp.square(codes - centre).sum()
+      return jax.lax.scan(batch, _RIDGE * uses * change / 2, (ids, x))[0]
+
+    return jax.grad(error)(codes)
+
+  # The error is quadratic: its Hessian's products are gradients too. (jax.linearize would keep
+  # tokens x codes.)
+  product = functools.partial(gradient, centre=jnp.zeros_like(values), scale=0.0)
+  step, _ = jax.scipy.sparse.linalg.cg(product, -gradient(values, values, 1.0), maxiter=_STEPS)
   return values + step
 
 
@@ -148,10 +159,11 @@ def _parameters(
     error: mean square of a coordinate's error: the variance of the Gaussians at the codes.
   """
   c, d = analysis.shape[0], config.attn_dim
-  lift = math.sqrt(_LIFT * np.square(codes).sum(1).max())
+  longest = math.sqrt(np.square(codes).sum(1).max())  # in its units the norms' epsilon is nothing
   kernel, bias = np.zeros((c, d)), np.zeros(d)
-  kernel[:, :c], bias[c] = analysis, lift
-  scale = np.full(d, lift / math.sqrt(max(error, 1e-12) * math.sqrt(d)))
+  kernel[:, :c], bias[c] = analysis / longest, math.sqrt(_LIFT)
+  sigma = max(math.sqrt(error) / longest, 1e-6)
+  scale = np.full(d, math.sqrt(_LIFT / math.sqrt(d)) / sigma)
   parameters = {"codebook": codes @ np.linalg.inv(analysis)}
   parameters |= {"to_v.kernel": np.eye(c), "to_v.bias": np.zeros(c)}
   for name in "qk":

@@ -72,6 +72,7 @@ def test_recipes_that_start_from_discretize(name):
   for arg, start in (("", "free"), (":half", "free_half"), (":data", "data")):
     config = load(f"configs/best_{name}.py{arg}")
     assert config.tokenizer.start == f"checkpoints/{name}_{start}" and config.epochs == 2
+    assert config.ema.start_epoch < config.epochs
     assert config.tokenizer.lora == paper.tokenizer.lora
     assert (config.trainable == paper.trainable) == (arg == ":data")
   with pytest.raises(UserError, match="'vq' is none of half, data"):

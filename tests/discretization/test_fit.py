@@ -1,5 +1,8 @@
 """Transforms and whole quantizers, on latents whose statistics are known."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,11 @@ from flax import nnx
 
 from coda_jax import arrays
 from coda_jax.discretization import codebooks, transforms
+from coda_jax.discretization import residual as residual_module
 from coda_jax.discretization.fit import fit
 from coda_jax.discretization.residual import fit_residual
 from coda_jax.errors import UserError
-from coda_jax.models.quantizer import ResidualQuantizer
+from coda_jax.models.quantizer import QuantizerConfig, ResidualQuantizer
 
 RNG = np.random.default_rng(0)
 C = 4
@@ -123,6 +127,18 @@ def test_its_attention_takes_the_nearest_code_as_the_decoder_sees_it(residual):
   assert 0.1 < np.median(likely) < 0.999, "the softmax neither averages all codes nor is hard"
 
 
+def test_least_squares_keeps_no_tokens_by_codes():
+  size, config = 512, QuantizerConfig(512, SIZES, code_dim=C, lookup="euclidean")
+  chain, _ = arrays.split(ResidualQuantizer(config, rngs=nnx.Rngs(0)))
+  ids = [np.zeros((3, 2, p, p), np.int32) for p in SIZES]
+  values, x = np.zeros((size, C), np.float32), np.zeros((3, 2, 4, 4, C), np.float32)
+  program = str(
+    jax.make_jaxpr(lambda *a: residual_module._least_squares(chain, *a))(values, ids, x)
+  )
+  shapes = [list(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", program)]
+  assert max(map(math.prod, shapes)) < 3 * 2 * 21 * size / 2
+
+
 @pytest.mark.slow
 def test_fit_measures_the_papers_quantizer_too():
   sizes = (2, 4, 4)  # the last side twice
@@ -134,10 +150,11 @@ def test_fit_measures_the_papers_quantizer_too():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({}, "latents of 4x4 need --patch-sizes that end with 4"),
+    ({}, "latents of 4x4 need --patch-sizes up to 4 that end with 4"),
     ({"patch_sizes": (1, 2)}, "end with 4"),
     ({"patch_sizes": SIZES, "bits": 40.0}, "3 codes for each of 21 tokens"),
-    ({"patch_sizes": SIZES, "latents": LATENTS[:10]}, "8 images are too few"),
+    ({"patch_sizes": (8, 4)}, "up to 4"),
+    ({"patch_sizes": SIZES, "latents": LATENTS[:4]}, "too few for"),
   ],
 )
 def test_bad_input_of_the_papers_quantizer_is_one_line(change, message):
