@@ -266,7 +266,7 @@ class _Lines(logging.StreamHandler):
   """Lines on stderr that stand above the progress bars of a terminal, not within one."""
 
   def emit(self, record: logging.LogRecord) -> None:
-    if not self.stream.isatty():
+    if self.stream.closed or not self.stream.isatty():
       return super().emit(record)
     with tqdm.tqdm.external_write_mode(file=self.stream):
       super().emit(record)

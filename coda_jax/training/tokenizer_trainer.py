@@ -130,7 +130,10 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     Without LPIPS weights the perceptual term is left out, with a line that says so.
     """
     if config.tokenizer.start:
-      size = weights.read_tokenizer_config(config.tokenizer.start).image_size
+      try:
+        size = weights.read_tokenizer_config(config.tokenizer.start).image_size
+      except UserError as e:
+        raise UserError(f"config.tokenizer.start: {e}") from e
       tokenizer = dataclasses.replace(config.tokenizer, image_size=size)
       config = dataclasses.replace(config, tokenizer=tokenizer)
     losses = config.losses
