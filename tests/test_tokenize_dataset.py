@@ -268,7 +268,7 @@ def test_processes_share_the_shards_and_take_those_of_a_killed_one(folder, flipp
   code = (
     "import sys, time; from coda_jax import tokenize_dataset as t; write = t._write_shard\n"
     "def slow(*args):\n"
-    "  print(args[-1].name, flush=True); time.sleep(float(sys.argv.pop(1)) if stuck else 0.1)\n"
+    "  print(args[-2].name, flush=True); time.sleep(float(sys.argv.pop(1)) if stuck else 0.1)\n"
     "  return write(*args)\n"
     "stuck = sys.argv[1] != '0'; t._write_shard = slow\n"
     "t.main(sys.argv[2:])"
