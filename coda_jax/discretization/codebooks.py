@@ -56,7 +56,7 @@ def token_bridge(
   distribution's mean in its share.
   """
   del variances
-  n = min(math.floor(2 ** min(budget.bits / x.shape[1], 16) + 1e-9), budget.codes)
+  n = coding.codes_of(budget.bits / x.shape[1], budget.codes)
   if n < 2:
     raise UserError(
       f"token-bridge gives all {x.shape[1]} channels as many levels: --bits must be at least"

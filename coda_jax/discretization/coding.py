@@ -117,6 +117,11 @@ def pack(sizes: Sequence[float], capacity: float) -> list[list[int]]:
   return groups
 
 
+def codes_of(bits: float, most: int) -> int:
+  """How many codes so many bits can tell apart, `most` at most."""
+  return math.floor(2 ** min(bits, math.log2(most)) + 1e-9)
+
+
 def water_level(variances: Float[np.ndarray, "n"], bits: float) -> float:
   """The error of every direction that gets bits, by reverse water-filling of Gaussians.
 

@@ -3,13 +3,11 @@
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from coda_jax import arrays
+from coda_jax import arrays, weights
 from coda_jax.discretization import codebooks, coding, transforms
 from coda_jax.discretization.residual import fit_residual
 from coda_jax.errors import UserError
@@ -121,8 +119,8 @@ def _fit_coda(train, test, gradients, bits: float, codes: int, patch_sizes) -> F
   config, parameters = fit_residual(
     train, gradients, bits=bits, codes=codes, patch_sizes=patch_sizes
   )
-  quantizer = ResidualQuantizer(config, rngs=nnx.Rngs(0))
-  nnx.update(quantizer, arrays.unflatten(jax.tree.map(jnp.asarray, parameters)))
+  make = lambda: ResidualQuantizer(config, rngs=nnx.Rngs(0))
+  quantizer = weights.build(make, parameters, "the quantizer")
   made = np.asarray(arrays.jit_module(lambda q, x: q.decode(q.encode(x)))(quantizer)(test))
   block = max(b for b in BLOCKS if train.shape[1] % b == 0)
   weighed = transforms.fit_transform(train, gradients, block)

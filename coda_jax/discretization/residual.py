@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax import arrays
-from coda_jax.discretization import codebooks
+from coda_jax.discretization import codebooks, coding
 from coda_jax.discretization.transforms import fit_transform
 from coda_jax.errors import UserError
 from coda_jax.models.quantizer import PATCH_SIZES, QuantizerConfig, ResidualQuantizer
@@ -62,7 +62,7 @@ def fit_residual(
       f"latents of {side}x{side} need --patch-sizes up to {side} that end with {side}"
     )
   tokens = sum(p * p for p in patch_sizes)
-  size = math.floor(2 ** min(bits / tokens, math.log2(codes)) + 1e-9)
+  size = coding.codes_of(bits / tokens, codes)
   if size < 2 * len(patch_sizes):
     raise UserError(
       f"--bits {bits:g} are {size} codes for each of {tokens} tokens; {len(patch_sizes)} levels"

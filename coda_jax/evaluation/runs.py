@@ -252,12 +252,11 @@ def count_usage(
     resize_ratio: as in `pipeline.train_batches`.
   """
   config, encode = tokenizer.config.quantizer, _ids(tokenizer)
-  codes_per_image = [
-    codes / (p * p) for codes, p in zip(config.codes_by_level, config.patch_sizes, strict=True)
-  ]
-  most = max(codes_per_image) if every_level else config.codebook_size / config.tokens
-  count = math.ceil(math.ceil(tokens_per_code * most) / batch_size)
-  level_codes = config.codes_by_level
+  level_codes, codes_per_token = config.codes_by_level, config.codebook_size / config.tokens
+  if every_level:
+    levels = zip(level_codes, config.patch_sizes, strict=True)
+    codes_per_token = max(codes / (p * p) for codes, p in levels)
+  count = math.ceil(math.ceil(tokens_per_code * codes_per_token) / batch_size)
   usage = CodebookUsage.empty(len(level_codes), config.codebook_size, level_codes)
   batches = pipeline.train_batches(
     source,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from coda_jax import arrays
+from coda_jax import arrays, weights
 from coda_jax.discretization import codebooks, transforms
 from coda_jax.discretization import residual as residual_module
 from coda_jax.discretization.fit import fit
@@ -95,8 +95,8 @@ def residual():
   """The paper's quantizer for a decoder that sees two channels three times as well."""
   gradients = (WHITE * [1, 1, 3, 3]).astype(np.float32)
   config, parameters = fit_residual(LATENTS, gradients, bits=BITS, codes=1024, patch_sizes=SIZES)
-  quantizer = ResidualQuantizer(config, rngs=nnx.Rngs(0))
-  nnx.update(quantizer, arrays.unflatten(jax.tree.map(jnp.asarray, parameters)))
+  make = lambda: ResidualQuantizer(config, rngs=nnx.Rngs(0))
+  quantizer = weights.build(make, parameters, "the quantizer")
   return quantizer, gradients
 
 
