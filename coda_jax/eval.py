@@ -137,6 +137,7 @@ def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
     settings = evaluation.settings()
     comparison.check_same(settings, hosts.of_first("evaluation", settings))
     hosts.wait("the same evaluation")
+    hosts.check_shared(args.output, "--output", wait=comparison.WAIT)  # else each does all of it
 
   def report(found, parts) -> None:
     if args.save_statistics:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed
 
-from coda_jax import cli, storage
+from coda_jax import cli, outputs, storage
 from coda_jax.config import to_json
 from coda_jax.data import inventory
 from coda_jax.errors import UserError, describe
@@ -71,7 +71,8 @@ class Hosts:
     self._address = str(state.coordinator_address)
     self._timeout, self._interval = heartbeat_timeout, min(5.0, heartbeat_timeout / 4)
     self.name = f"process {self.index} on {socket.gethostname()}"
-    self.stopping, self._closing, self._failing = threading.Event(), False, False
+    self.stopping, self._closing = threading.Event(), False
+    self._own: tuple[str, int] | None = None  # line and exit code, once this process fails
     self.on_stop: Callable[[], None] = lambda: None
     self._news = 0  # of which so many were heard
     self._beats: dict[int, tuple[str, float]] = {}
@@ -114,22 +115,26 @@ class Hosts:
     inventory.check_same(found, self.of_first("data", to_json(found)))
     self.wait("the same data")
 
-  def check_shared(self, file: storage.Path, option: str) -> None:
-    """Raises UserError if this host does not see a file that process 0 has made; a collective.
+  def check_shared(self, folder: storage.Path, option: str, *, wait: float = 0.0) -> None:
+    """Makes a folder and raises UserError if this host does not see it; a collective.
 
     Args:
-      option: what named the file's folder, for the message.
+      option: what named the folder, for the message.
+      wait: seconds to wait for another command that holds the folder.
     """
-    self.wait(f"{option} is written")
-    end = time.monotonic() + SEEN
-    while not file.exists():
-      if time.monotonic() > end:
-        raise UserError(
-          f"{option}={file.parent} is not the folder that process 0 writes to; name a bucket, or a "
-          "folder that all hosts share"
-        )
-      time.sleep(0.2)
-    self.wait(f"{option} is shared")
+    with contextlib.ExitStack() as stack:
+      if self.index == 0:
+        stack.enter_context(outputs.locked(folder, option, wait=wait))
+      self.wait(f"{option} is written")
+      end = time.monotonic() + SEEN
+      while not (folder / outputs.LOCK).exists():
+        if time.monotonic() > end:
+          raise UserError(
+            f"{option}={folder} is not the folder that process 0 writes to; name a bucket, or a "
+            "folder that all hosts share"
+          )
+        time.sleep(0.2)
+      self.wait(f"{option} is shared")
 
   # News: a sequence that all processes hear in one order.
 
@@ -161,7 +166,7 @@ class Hosts:
         return
       if news.get("stop"):
         self._stop()
-      elif not self._failing:
+      elif self._own is None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
           # Until all have heard it: process 0 holds the store.
           there = [i for i in range(self.count) if i != news.get("lost")]
@@ -180,8 +185,8 @@ class Hosts:
     return None
 
   def _first_is_lost(self) -> None:
-    """Ends this process if process 0 does not answer."""
-    if not self._closing and not self._reachable():
+    """Ends this process if process 0 does not answer, which may have ended because of this one."""
+    if not self._closing and self._own is None and not self._reachable():
       if self.stopping.is_set():
         leave(cli.RUN_AGAIN)
       end(_lost(self._name_of_first), cli.RUN_AGAIN)
@@ -196,6 +201,8 @@ class Hosts:
 
   def aborted(self) -> None:
     """jax has lost process 0, or something else is wrong."""
+    if self._own is not None:
+      end(*self._own)
     for _ in range(20 if self.index > 0 else 0):  # its port closes after its connections
       self._first_is_lost()
       time.sleep(0.1)
@@ -212,9 +219,9 @@ class Hosts:
       caused = caused.__cause__
     if caused is not None and _OF_OTHERS.search(str(caused)):
       time.sleep(self._timeout + 3 * self._interval)
-    self._failing = True  # with our own line
     line = f"{self.name}: {describe(e)}"
     code = cli.INTERRUPTED if isinstance(e, KeyboardInterrupt) else 1
+    self._own = line, code
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._announce(line=line, code=code)
       self.wait("ended", 20)

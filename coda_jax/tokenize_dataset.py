@@ -105,6 +105,7 @@ def _run(args: argparse.Namespace, hosts: Hosts | None) -> None:
   found.log("--data")
   if hosts is not None:
     hosts.check_same_data({"--data": found})
+    hosts.check_shared(args.output, "--output", wait=_WAIT)  # else each writes all of the shards
   fields = weights.read_config(args.tokenizer, "tokenizer")
   given = (args.text_encoder, args.captions)
   texts = text_shards.open_texts(source, args.data, args.text, *given, args.batch_size)

@@ -15,7 +15,7 @@ from tests.training import runs
 
 PROGRAM = """
 import sys
-from coda_jax import eval, tokenize_dataset
+from coda_jax import eval, hosts, tokenize_dataset
 from coda_jax.evaluation import eval_report, parts
 from tests.test_eval import Colours
 
@@ -30,7 +30,7 @@ def noting(module, name, what):
 noting(tokenize_dataset, "_write_shard", "a shard")
 noting(parts, "_write", "a part")
 noting(eval_report, "write", "a report")
-eval.Networks = Colours
+eval.Networks, hosts.SEEN = Colours, 2
 {"eval": eval, "tokenize_dataset": tokenize_dataset}[sys.argv.pop(1)].main()
 """
 
@@ -117,3 +117,19 @@ def test_an_evaluation_of_hosts_that_see_other_images(folder, tmp_path):
     assert line.startswith("error: process 1 on ")
     assert f"not what process 0 measures (data was 'folder:{folder}/images@train', is" in line
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["tokenize_dataset", "eval"])
+def test_an_output_that_is_not_shared(folder, tmp_path, command):
+  """Each process would do all of the work."""
+  first, second = processes.flags(2)
+  second.append(f"--output={tmp_path}/own")
+  words = [command, f"--tokenizer={folder}/tokenizer", f"--data=folder:{folder}/images@train"]
+  codes, errors = call(folder, tmp_path / "shared", [first, second], *words)
+  assert codes == [1, 1], errors
+  for error in errors:
+    line = error.splitlines()[-1]
+    assert line.startswith("error: process 1 on ")
+    assert f"--output={tmp_path}/own is not the folder that process 0 writes to" in line
+  assert not (tmp_path / "own").exists()

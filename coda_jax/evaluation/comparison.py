@@ -26,7 +26,7 @@ from coda_jax.evaluation.rows import Rows
 log = logging.getLogger("coda_jax")
 RESULTS, SETTINGS = "results.json", "settings.json"
 _FORMAT = "coda_jax evaluation 1"
-_WAIT = 3600.0  # seconds for another process to compute the distances
+WAIT = 3600.0  # seconds for another process to compute the distances
 
 
 @dataclasses.dataclass
@@ -267,13 +267,13 @@ def run(evaluation: Evaluation, output: pathlib.Path, overwrite: bool, report) -
     raise UserError(
       f"two things are called {twice[0]!r}; give another --name or --compare NAME=PATH"
     )
-  with outputs.locked(output, "--output", wait=_WAIT):
+  with outputs.locked(output, "--output", wait=WAIT):
     if claim(output, evaluation.settings(), overwrite):
       log.info("%s is complete", output)
       return json.loads((output / RESULTS).read_text())
   with outputs.present(output):
     found = measured(evaluation, output)
-    with outputs.locked(output, "--output", wait=_WAIT):
+    with outputs.locked(output, "--output", wait=WAIT):
       if not (output / RESULTS).exists():
         made = results_of(evaluation, found)
         report(made, found)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.lookup import (
+from coda_jax.models.lookup_base import (
   GRADIENTS,
   CodebookLookup,
   Found,

@@ -16,7 +16,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from coda_jax.models.inputs import check_latents
-from coda_jax.models.lookup import Found, Lookup, QuantizerConfig
+from coda_jax.models.lookup_base import Found, Lookup, QuantizerConfig
 from coda_jax.models.lookups import LOOKUPS
 from coda_jax.ops.codebook_lookup import code_values
 from coda_jax.ops.resize import area_resize, bicubic_resize

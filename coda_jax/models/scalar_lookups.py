@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
-from coda_jax.models.lookup import Found, Lookup, QuantizerConfig
+from coda_jax.models.lookup_base import Found, Lookup, QuantizerConfig
 
 # By V: the levels that the paper's Table 1 takes for 2^8, 2^10, 2^12, 2^14 and 2^16 codes.
 FSQ_LEVELS = {

@@ -40,6 +40,8 @@ def train(
     UserError: the workdir holds something else or is in use, or see `loop.run`.
   """
   first = jax.process_index() == 0
+  if hosts is not None:  # each would wait for the others' part of the first checkpoint for ever
+    hosts.check_shared(workdir, "--workdir")
   with contextlib.ExitStack() as stack:
     if first:
       stack.enter_context(outputs.locked(workdir, "--workdir"))
@@ -54,8 +56,6 @@ def train(
         data.log(f"config.{key}")
       workdirs.check_data(workdir, found, accept_changed_data)
       workdirs.claim(workdir, fields, found)
-    if hosts is not None:  # each would wait for the others' part of the first checkpoint for ever
-      hosts.check_shared(workdir / outputs.LOCK, "--workdir")
     log.info("%s", _plan(trainer))
     return loop.run(trainer, workdir, settings.checkpoint, settings.logging, fields, preemption)
 
