@@ -183,10 +183,10 @@ def _read_tokenizer(
   if patch_sizes is None:
     patch_sizes = _FAMILIES[layout].patch_sizes
   sides = [n for n in patch_sizes if isinstance(n, int | np.integer) and n > 0]
-  if not sides or list(patch_sizes) != sorted(set(sides)):
+  if not sides or list(patch_sizes) != sorted(sides):
     raise UserError(
       f"the patch sizes are {','.join(map(str, patch_sizes)) or 'none'}; "
-      "give sides of at least 1 that increase (--patch-sizes)"
+      "give sides of at least 1, none smaller than the one before (--patch-sizes)"
     )
   if image_size < 1:
     raise UserError(f"the image size is {image_size}; it must be at least 1 (--image-size)")

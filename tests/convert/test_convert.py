@@ -353,7 +353,7 @@ def checkpoint(folder, family="mar", lora=SMALL_LORA, ema=True):
 )
 def test_to_torch_and_back_is_identical(tmp_path, family, lora):
   source = checkpoint(tmp_path / "source", family, lora)
-  options = {"patch_sizes": (1, 3, 8), "image_size": 16}
+  options = {"patch_sizes": (1, 8, 8), "image_size": 16}
   convert.convert(f"coda-{family}", [source], tmp_path / "tokenizer", **options)
   convert.to_torch(tmp_path / "tokenizer", tmp_path / "torch")
   for name in ("vae_ema.pth", "quantizer_ema.pth"):
