@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
   p = cli.Parser(
     prog="python -m coda_jax.serve",
     description="A web page on which a tokenizer, and a generator, can be tried.",
-    epilog="example: python -m coda_jax.serve --tokenizer demo/lora/tokenizer",
+    epilog="example: python -m coda_jax.serve --tokenizer assets/demo_tokenizer",
   )
   p.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer")
   p.add_argument("--compare", metavar="DIR", help="a second tokenizer, shown beside it")

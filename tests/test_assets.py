@@ -16,8 +16,9 @@ from tools import make_photos
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 FILES = sorted((ASSETS / "photos").glob("*/*/*"))
-VAE = ASSETS / "demo_vae"
-PSNR_FLOOR = 26.0  # dB
+VAE, TOKENIZER = ASSETS / "demo_vae", ASSETS / "demo_tokenizer"
+PSNR_FLOOR = 26.0  # dB, of the VAE
+TOKENIZER_FLOOR = 24.5
 LICENCES = {"public domain", "CC0 1.0", "CC BY 2.0", "CC BY 3.0", "CC BY 4.0"}
 
 
@@ -88,14 +89,28 @@ def vae(tmp_path_factory):
   return coda_jax.load_vae(out)
 
 
-def test_vae_reconstructs_val_photos(vae):
+@pytest.fixture(scope="module")
+def photos():
+  """The middles of some val photos, uint8 [B, 64, 64, 3]."""
   files = [f for f in FILES if f.parts[-3] == "val" and f.name.endswith("_0.webp")]
-  photos = np.stack([np.asarray(Image.open(f)) for f in files])[:, 32:96, 32:96]
+  return np.stack([np.asarray(Image.open(f)) for f in files])[:, 32:96, 32:96]
+
+
+def test_vae_reconstructs_val_photos(vae, photos):
   mean = vae.encode(jnp.asarray(photos, jnp.float32) / 127.5 - 1).mean
   out = to_uint8(np.asarray(vae.decode(mean)), "nearest")
   assert psnr(photos, out).mean() > PSNR_FLOOR
   # The quantizer expects latents of about unit size.
   assert 0.8 < float(vae.scale_latents(mean).std()) < 1.25
+
+
+def test_tokenizer_is_that_vae_and_reconstructs_val_photos(vae, photos, tmp_path):
+  tok = coda_jax.load_tokenizer(TOKENIZER)
+  assert tok.config.vae == vae.config and tok.bits_per_image == 6800
+  out = to_uint8(np.asarray(tok.reconstruct(photos)), "nearest")
+  assert psnr(photos, out).mean() > TOKENIZER_FLOOR
+  convert.to_torch(TOKENIZER, tmp_path / "torch")  # the official format
+  assert sum(f.stat().st_size for f in TOKENIZER.iterdir()) <= 4 * 2**20
 
 
 def test_vae_file_has_mar_layout():

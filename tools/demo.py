@@ -1,7 +1,8 @@
 """The demo: a continuous VAE becomes a discrete tokenizer on the embedded photos.
 
 Runs the commands that a user would run, its two trainings side by side, and prints where the report
-is. `make demo` calls it; run again it continues where it stopped.
+is, which shows the embedded tokenizer too. `make demo` calls it; run again it continues where it
+stopped.
 """
 
 import os
@@ -58,7 +59,8 @@ def main() -> None:
   shutil.rmtree(OUT / "report", ignore_errors=True)
   command(
     "coda_jax.visualize", "--tokenizer", "demo/lora/tokenizer", "--name", "with LoRA",
-    "--compare", "without LoRA=demo/no_lora/tokenizer", "--title", "CODA demo",
+    "--compare", "without LoRA=demo/no_lora/tokenizer",
+    "--compare", "from data, longer=assets/demo_tokenizer", "--title", "CODA demo",
     "--data", "embedded@val", "--tokens-per-code", "20", "--output", "demo/report",
   )  # fmt: skip
   minutes = (time.monotonic() - began) / 60
