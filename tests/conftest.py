@@ -28,7 +28,13 @@ from tests.goldens import values  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # Another case of the same kind stays in `make test`.
-SLOW_GOLDENS = ("clip_text", "dino_disc_256", "inception_256", "quantizer_mar_nonorm", "mar_vae")
+SLOW_GOLDENS = (
+  "clip_text",
+  "dino_disc_256",
+  "inception_256",
+  "quantizer_mar_nonorm",
+  "mar_vae",
+)
 SLOW_GOLDENS += (
   "train_step_flux",
   "train_step_mar",
@@ -42,6 +48,7 @@ SLOW_GOLDENS += (
   "sd_vae_ldm_small",
   "sd3_vae_small",
   "flux2_vae_diffusers_small",
+  "flux2_vae_bfl_small",
 )
 
 

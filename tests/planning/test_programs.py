@@ -64,7 +64,7 @@ def tokenizer():
   return registry.resolve(cli.load_config("configs/demo.py:thumbnails"))
 
 
-@pytest.mark.parametrize("what", ["update", "eval", "sample"])
+@pytest.mark.parametrize("what", ["update", "eval", pytest.param("sample", marks=pytest.mark.slow)])
 def test_programs_of_a_generator(generator, tokenizer, what):
   program = programs.make(what, generator, jax.devices()[:4], tokenizer)
   out = jax.eval_shape(program.function, *program.args)
@@ -84,7 +84,8 @@ def test_a_generator_whose_tokenizer_starts_from_another(generator, folder, tmp_
   assert tokens.TokenSource(settings.data.train).manifest["patch_sizes"] == [1, 2]
 
 
-@pytest.mark.parametrize("kind", ["captions", pytest.param("embeddings", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["captions", "embeddings"])
 def test_programs_of_a_generator_of_texts(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, "CLIPTextConfig", lambda: tiny.TEXT)  # CLIP's own is half a GB
   words = ["--config.model.depth=0", "--config.model.width=16", "--config.data.batch_size=16"]

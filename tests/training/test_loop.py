@@ -335,7 +335,9 @@ def test_evaluations_and_best_checkpoint(tmp_path):
   assert {"loss", "parts/level_1", "parts/level_3", "steps_per_second"} <= set(train[0])
 
 
-@pytest.mark.parametrize("name", ["mar", "flux", "maskgit"])
+@pytest.mark.parametrize(
+  "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("mar", "flux")), "maskgit"]
+)
 def test_shipped_configs_keep_the_best(tmp_path, name):
   """Evaluations and checkpoints of the configs' intervals fall on different updates."""
   config = cli.load_config(str(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"))
