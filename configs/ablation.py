@@ -110,7 +110,7 @@ def sizes_table(scale: int, codes: int) -> tuple[dict[str, dict], Table]:
     rows[row] = {} if ours == codes else {"tokenizer__quantizer__codebook_size": ours}
     label = f"{ours} (paper: {published})" if scale > 1 else str(ours)
     lines.append(Line(label, row, figures, float(ours)))
-  axis = f"codes (the paper's: {scale} times as many)" if scale > 1 else "codes"
+  axis = f"codes (paper: x {scale})" if scale > 1 else "codes"
   return rows, Table("Table 4b: codebook size", IMAGES + LATENTS, tuple(lines), axis)
 
 
