@@ -218,10 +218,11 @@ def _split(spec: str) -> tuple[str, str]:
 
 
 def _config_file(path: str) -> pathlib.Path:
-  """`path`, or where there is none the package's own file of that name."""
+  """`path`, or where there is none the file of that name of the package or its checkout."""
   file = pathlib.Path(os.path.expanduser(path))
   package = importlib.util.find_spec("coda_jax.configs")  # none in a checkout
-  folders = package.submodule_search_locations if package else ()
+  checkout = [pathlib.Path(__file__).parents[1] / "configs"]
+  folders = package.submodule_search_locations if package else checkout
   own = [pathlib.Path(f) / file.name for f in folders or () if file.parent.name == "configs"]
   for candidate in (file, *own):
     if candidate.is_file():

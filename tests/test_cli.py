@@ -243,3 +243,10 @@ def test_every_command_under_one_name():
   assert wrong.returncode == 2 and wrong.stderr == (
     "coda-jax: error: no command 'trian'; coda-jax --help lists them\n"
   )
+
+
+def test_shipped_configs_are_found_from_elsewhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.load_config("configs/demo.py").steps == 300
+  with pytest.raises(UserError, match="configs/none.py: no such config file"):
+    cli.load_config("configs/none.py")
