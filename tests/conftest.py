@@ -34,15 +34,11 @@ SLOW_GOLDENS = (
   "inception_256",
   "quantizer_mar_nonorm",
   "mar_vae",
-)
-SLOW_GOLDENS += (
   "train_step_flux",
   "train_step_mar",
   "quantizer_flux_layer",
   "coda_flux_vae",
   "coda_mar_vae",
-)
-SLOW_GOLDENS += (
   "flux_vae_bfl",
   "flux_vae_diffusers",
   "sd_vae_ldm_small",

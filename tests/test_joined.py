@@ -105,16 +105,21 @@ def test_an_evaluation(folder, tmp_path, what):
   assert names(tmp_path / "two") == names(tmp_path / "one")
 
 
+def refused(folder, output, several, *words):
+  """The last lines of two processes that end because of process 1."""
+  codes, errors = call(folder, output, several, *words)
+  assert codes == [1, 1], errors
+  lines = [error.splitlines()[-1] for error in errors]
+  assert all(line.startswith("error: process 1 on ") for line in lines), lines
+  return lines
+
+
 @pytest.mark.slow
 def test_an_evaluation_of_hosts_that_see_other_images(folder, tmp_path):
   first, second = processes.flags(2)
   second.append(f"--data=folder:{folder}/images@val")
   words = ["eval", f"--tokenizer={folder}/tokenizer", f"--data=folder:{folder}/images@train"]
-  codes, errors = call(folder, tmp_path / "out", [first, second], *words)
-  assert codes == [1, 1], errors
-  for error in errors:
-    line = error.splitlines()[-1]
-    assert line.startswith("error: process 1 on ")
+  for line in refused(folder, tmp_path / "out", [first, second], *words):
     assert f"not what process 0 measures (data was 'folder:{folder}/images@train', is" in line
   assert not (tmp_path / "out").exists()
 
@@ -126,10 +131,6 @@ def test_an_output_that_is_not_shared(folder, tmp_path, command):
   first, second = processes.flags(2)
   second.append(f"--output={tmp_path}/own")
   words = [command, f"--tokenizer={folder}/tokenizer", f"--data=folder:{folder}/images@train"]
-  codes, errors = call(folder, tmp_path / "shared", [first, second], *words)
-  assert codes == [1, 1], errors
-  for error in errors:
-    line = error.splitlines()[-1]
-    assert line.startswith("error: process 1 on ")
+  for line in refused(folder, tmp_path / "shared", [first, second], *words):
     assert f"--output={tmp_path}/own is not the folder that process 0 writes to" in line
   assert not (tmp_path / "own").exists()

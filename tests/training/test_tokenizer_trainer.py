@@ -300,7 +300,6 @@ def test_nothing_to_train(folder):
     make_trainer(runs.config(folder, trainable=(("LoRAParam", ""),), tokenizer__lora=None))
 
 
-@pytest.mark.slow
 def test_start_from_a_tokenizer(folder, tmp_path):
   """Its codes stay while the decoder's adapters train; a second run takes up its adapters."""
   quantizer = TransformConfig(10, (8, 8), 64, (6, 4), (3, 2, 4), (1, 1, 2), block=2)
