@@ -4,8 +4,10 @@
     nice python benchmarks/scaling.py [--only 'MAR v5e-64' ...]
 
 A row is an update in bfloat16 in one go (`accumulation=1`), with `remat` where it does not fit
-without. A row that `benchmarks/results/scaling.json` holds for the installed libtpu is not compiled
-again; the table is written after each. A row takes 5 to 60 minutes of two cores.
+without. Compilers stop before they generate code (`--no-code`), unless `--code` is given.
+A row that `benchmarks/results/scaling.json` holds for the installed libtpu is not compiled
+again; the table is written after each. A row takes 1 to 5 minutes of two cores, with `--code` 5 to
+60.
 """
 
 import argparse
@@ -57,13 +59,14 @@ def words(row: str, remat: bool) -> list[str]:
   ]
 
 
-def measure(row: str) -> dict:
+def measure(row: str, code: bool) -> dict:
   """The result of a row; without remat if that fits."""
   result = {}
   for remat in (False, True):
     with tempfile.TemporaryDirectory() as folder:
       file = pathlib.Path(folder, "result.json")
       command = [sys.executable, "-m", "coda_jax.compile_check", *words(row, remat)]
+      command += [] if code else ["--no-code"]
       done = subprocess.run([*command, "--no-remedies", f"--json={file}"], cwd=ROOT)
       if done.returncode > 1 or not file.exists():
         sys.exit(f"{row}: {' '.join(words(row, remat))} failed")
@@ -85,6 +88,7 @@ def line(row: str, result: dict | None) -> str:
   cells = [model, pod, f"{result['images_per_chip']:g}", "yes" if result["remat"] else "no"]
   gib = chips.GIB
   needs = "?" if result["needs"] is None else f"{result['needs'] / gib:.1f}"
+  needs += " + code" if result["fits"] and result["xla"] is None else ""
   cells.append(f"{needs} / {result['limit'] / gib:.2f}")
   if not result["fits"]:
     return "| " + " | ".join([*cells, *[""] * 6, "does not fit"]) + " |"
@@ -121,6 +125,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+  parser.add_argument("--code", action="store_true", help="compile to the end")
   args = parser.parse_args()
   write(read())
   for row in args.only:
@@ -129,7 +134,7 @@ def main() -> None:
       print(f"{row}: done", flush=True)
       continue
     print(f"{row}: python -m coda_jax.compile_check {' '.join(words(row, False))}", flush=True)
-    found = measure(row)
+    found = measure(row, args.code)
     write(read() | {row: found})
 
 

@@ -19,7 +19,7 @@ import jax
 
 from coda_jax import cli, config
 from coda_jax.errors import UserError
-from coda_jax.planning import chips, compiling, programs, table, verdict
+from coda_jax.planning import chips, compiling, early, programs, table, verdict
 from coda_jax.training import registry
 
 log = logging.getLogger("coda_jax")
@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--no-remedies", action="store_true", help="do not try what makes it fit, if it does not"
   )
+  p.add_argument(
+    "--no-code",
+    action="store_true",
+    help="stop before code generation, most of the time: the size of the code is left out",
+  )
   p.add_argument("--json", type=cli.path, metavar="FILE", help="keep the results there")
   p.add_argument(
     "--tokenizer-config",
@@ -69,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
   devices = chips.devices(topology)
 
   def measure(settings) -> dict:
-    program = programs.make(args.what, settings, devices, tokenizer)
-    return compiling.measure(program, topology, store)
+    given = args.what, settings
+    program = programs.make(*given, devices, tokenizer)
+    optimize = functools.partial(early.optimize, *given, topology, tokenizer)
+    return compiling.measure(program, topology, store, optimize if args.no_code else None)
 
   given = {"config": args.config_spec, "what": args.what}
   tools = args.what, settings, devices, functools.cache(measure), log.info

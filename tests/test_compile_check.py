@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from coda_jax import cli, compile_check
-from coda_jax.planning import chips, compiling
+from coda_jax.planning import chips, compiling, early
 from tests.training import runs
 
 CONFIG = """
@@ -53,6 +53,31 @@ def test_a_program_that_fits(config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(compiling, "_compile", None)
   assert call(*argv) == 0
   assert capsys.readouterr().out == out
+
+
+def test_without_code_generation(config, tmp_path, capsys, monkeypatch):
+  program = (
+    "ENTRY %main (x: f32[8,128]) -> f32[8,128] {\n  ROOT %x = f32[8,128]{1,0} parameter(0)\n}"
+  )
+  given = []
+
+  def optimize(*args):
+    given.append(args)
+    if len(given) == 2:
+      raise early.CompilerError("RESOURCE_EXHAUSTED: Used 20.0G of 15.75G hbm")
+    return program, 2**31
+
+  monkeypatch.setattr(early, "optimize", optimize)
+  argv = (f"--config={config}", "--topology=v5e-4", "--what=encode", "--no-code")
+  assert call(*argv) == 0
+  out = capsys.readouterr().out
+  assert "all arrays" in out and "2.000 GiB of 15.750 GiB" in out and "XLA" not in out
+  assert out.splitlines()[-1] == "fits, if the program's own code takes less than 13.750 GiB"
+  assert given[0][0] == "encode" and given[0][2] == chips.parse("v5e-4")
+  assert call(*argv, "--no-remedies") == 1
+  assert capsys.readouterr().out.splitlines()[-1] == (
+    "does not fit: needs 20.000 GiB of 15.750 GiB"
+  )
 
 
 def fake_compile(limit: int):
@@ -134,9 +159,17 @@ def test_without_libtpu(config, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not chips.has_libtpu(), reason="libtpu is not installed (extra `tpu`)")
-def test_an_update_for_a_pod(config, capsys, monkeypatch):
+def test_an_update_for_a_pod(config, tmp_path, capsys, monkeypatch):
   monkeypatch.undo()
   monkeypatch.setattr(cli, "quiet", lambda: None)
-  assert call(f"--config={config}", "--topology=v5e:2x2") == 0
-  out = capsys.readouterr().out
-  assert "update of" in out and "all-reduce" in out and out.splitlines()[-1] == "fits"
+  results = []
+  for words in ([], ["--no-code"]):
+    file = tmp_path / f"{len(words)}.json"
+    assert call(f"--config={config}", "--topology=v5e:2x2", f"--json={file}", *words) == 0
+    out = capsys.readouterr().out
+    assert "update of" in out and "all-reduce" in out and out.splitlines()[-1].startswith("fits")
+    results.append(json.loads(file.read_text())["result"])
+  whole, early = (result["costs"] for result in results)
+  for key in ("flops", "passes", "sent", "count"):
+    assert early[key] == whole[key]
+  assert early["traffic"] == pytest.approx(whole["traffic"], rel=0.01)

@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from coda_jax import outputs
 from coda_jax.errors import UserError, one_line
 from coda_jax.planning import costs, hlo
 from coda_jax.planning.chips import GIB, Topology
+from coda_jax.planning.early import CompilerError
 from coda_jax.planning.programs import Program
 
+Optimize = Callable[[], tuple[str, int]]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
@@ -73,23 +76,29 @@ def versions() -> dict[str, str]:
   return found
 
 
-def measure(program: Program, topology: Topology, store: Store) -> dict[str, Any]:
+def measure(
+  program: Program, topology: Topology, store: Store, optimize: Optimize | None = None
+) -> dict[str, Any]:
   """What a program needs of each chip; from `store` if the same program was compiled before.
+
+  Args:
+    optimize: gives the program's optimized text and its bytes, as `early.optimize` does; without
+      it the program is compiled to the end.
 
   Returns:
     "fits"; "images" of a call and "images_per_chip"; "groups", bytes of its arrays by kind;
     "limit", bytes that a program may have; and, of one chip:
     - "needs": bytes, None if the compiler does not say what it wanted;
     - where it fits: "memory" (bytes by kind), "costs" (see `costs.Costs`), "xla" (FLOPs and bytes
-      of XLA's own analysis), "seconds" (least for products, memory and collectives), "bound",
-      "images_per_second" of all chips together at the largest of them;
+      of XLA's own analysis; None with `optimize`), "seconds" (least for products, memory and
+      collectives), "bound", "images_per_second" of all chips together at the largest of them;
     - else "error".
 
   Raises:
-    JaxRuntimeError: the compiler fails for another reason than memory.
+    JaxRuntimeError, CompilerError: the compiler fails for another reason than memory.
   """
   lowered = program.lower()
-  text = f"{topology} {versions()} {lowered.as_text()}"
+  text = f"{topology} {versions()} {optimize is None} {lowered.as_text()}"
   key = hashlib.sha256(text.encode()).hexdigest()[:24]
   chip = topology.chip
   found = {
@@ -104,7 +113,7 @@ def measure(program: Program, topology: Topology, store: Store) -> dict[str, Any
   }
   compiled = store.get(key)
   if compiled is None:
-    compiled = _compile(lowered, topology)
+    compiled = _compile(lowered, topology) if optimize is None else _read(optimize, topology)
     store.put(key, compiled)
   found |= compiled
   if compiled["fits"]:
@@ -117,13 +126,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
-    needs = needed(str(e))
-    if needs is None and "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    seconds = time.monotonic() - start
-    needs = None if needs is None else n * needs
-    error = one_line(e)[:500]
-    return {"fits": False, "needs": needs, "error": error, "compile_seconds": seconds}
+    return _too_large(e, topology) | {"compile_seconds": time.monotonic() - start}
   m: Any = compiled.memory_analysis()
   memory = {
     "arguments": m.argument_size_in_bytes,
@@ -131,17 +134,42 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> dict[str, Any]:
     "temporaries": m.temp_size_in_bytes,
     "program": m.generated_code_size_in_bytes,
   }
-  memory = {k: n * v for k, v in memory.items()}
-  counted = costs.count(hlo.parse(compiled.as_text() or ""), topology.chips * n)
   xla: Any = compiled.cost_analysis()
+  xla = {k: n * xla.get(k, 0) for k in ("flops", "bytes accessed")}
+  found = _account(compiled.as_text() or "", memory, topology)
+  return found | {"xla": xla, "compile_seconds": time.monotonic() - start}
+
+
+def _read(optimize: Optimize, topology: Topology) -> dict[str, Any]:
+  start = time.monotonic()
+  try:
+    text, size = optimize()
+  except CompilerError as e:
+    return _too_large(e, topology) | {"compile_seconds": time.monotonic() - start}
+  found = _account(text, {"all arrays": size}, topology)
+  return found | {"xla": None, "compile_seconds": time.monotonic() - start}
+
+
+def _account(text: str, memory: dict[str, int], topology: Topology) -> dict[str, Any]:
+  """Of a chip, by the program's text and the memory of a device."""
+  n = topology.chip.halves
+  memory = {k: n * v for k, v in memory.items()}
+  counted = costs.count(hlo.parse(text), topology.chips * n)
   return {
     "fits": sum(memory.values()) <= topology.chip.hbm,
     "needs": sum(memory.values()),
     "memory": memory,
     "costs": dataclasses.asdict(_times(counted, n)),
-    "xla": {k: n * xla.get(k, 0) for k in ("flops", "bytes accessed")},
-    "compile_seconds": time.monotonic() - start,
   }
+
+
+def _too_large(e: Exception, topology: Topology) -> dict[str, Any]:
+  """Of a program that the compiler refused; raises `e` if the reason is not memory."""
+  needs = needed(str(e))
+  if needs is None and "RESOURCE_EXHAUSTED" not in str(e):
+    raise e
+  needs = None if needs is None else topology.chip.halves * needs
+  return {"fits": False, "needs": needs, "error": one_line(e)[:500]}
 
 
 def _times(counted: costs.Costs, n: int) -> costs.Costs:

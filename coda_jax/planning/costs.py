@@ -142,8 +142,10 @@ class _Counter:
     if i.op == "custom-call" and "AllocateBuffer" in i.attributes:
       return 0
     results = [_main(s) for s in i.results]
-    if i.op in _SLICES:
-      return 2 * sum(results)
+    if i.op in _SLICES:  # reads as much as it gives, if what it cuts lies in main memory
+      source = where.instructions[i.operands[0]]
+      read = sum(s.padded for s in i.results) if any(map(_main, source.results)) else 0
+      return sum(results) + read
     if i.op in ("dynamic-update-slice", "scatter"):
       update = i.operands[1 if i.op == "dynamic-update-slice" else -1]
       return 2 * sum(map(_main, where.instructions[update].results))

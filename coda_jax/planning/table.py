@@ -35,19 +35,22 @@ def lines(result: dict) -> list[str]:
 
 
 def _work(result: dict) -> list[str]:
-  costs, seconds, xla = result["costs"], result["seconds"], result["xla"]
+  costs, seconds = result["costs"], result["seconds"]
   ms = {k: f"{1e3 * s:10.2f} ms" for k, s in seconds.items()}
   tera = lambda n: f"{n / 1e12:.3f}"
   of_kinds = ", ".join(
     f"{costs['count'][k]:.0f} {k} of {n / 1e9:.3f} GB" for k, n in costs["payload"].items()
   )
-  loops = costs["unknown_loops"]
+  loops, xla = costs["unknown_loops"], result["xla"]
+  once = ("", "")
+  if xla:
+    amounts = f"{tera(xla['flops'])}", f"{xla['bytes accessed'] / 1e9:.2f}"
+    once = tuple(f" (XLA, loops once: {amount})" for amount in amounts)
   out = [
     "work of a chip, and its least time",
     f"  products     {ms['products']}  {tera(costs['flops'])} TFLOP, {tera(costs['passes'])} in "
-    f"bfloat16 passes (XLA, loops once: {tera(xla['flops'])})",
-    f"  memory       {ms['memory']}  {costs['traffic'] / 1e9:.2f} GB (XLA, loops once: "
-    f"{xla['bytes accessed'] / 1e9:.2f})",
+    f"bfloat16 passes{once[0]}",
+    f"  memory       {ms['memory']}  {costs['traffic'] / 1e9:.2f} GB{once[1]}",
     f"  collectives  {ms['collectives']}  {costs['sent'] / 1e9:.3f} GB sent: {of_kinds or 'none'}",
   ]
   if loops:
@@ -73,6 +76,9 @@ def _tried(row: dict) -> str:
 def verdict(result: dict) -> str:
   """One line."""
   if result["fits"]:
+    if result["xla"] is None:  # compiled up to code generation
+      left = gib(result["limit"] - result["needs"])
+      return f"fits, if the program's own code takes less than {left}"
     return "fits"
   needs = f"does not fit: needs {gib(result['needs'])} of {gib(result['limit'])}"
   if not result["remedies"]:

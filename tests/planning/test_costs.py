@@ -209,6 +209,23 @@ def test_moves_to_memory_on_the_chip_read_what_they_take():
     ]
   )
   assert count(hlo.parse(text), 1).traffic == 4 * 64 * (128 + 256)
+  # The same slice as the compiler writes it before it generates code.
+  text = "\n".join(
+    [
+      "%async (p: f32[64,256]) -> f32[64,128] {",
+      "  %p = f32[64,256]{1,0:T(8,128)} parameter(0)",
+      "  ROOT %s = f32[64,128]{1,0:T(8,128)S(1)} slice(%p), slice={[0:64], [0:128]}",
+      "}",
+      "",
+      "ENTRY %main (x: f32[64,256]) -> f32[64,128] {",
+      "  %x = f32[64,256]{1,0:T(8,128)} parameter(0)",
+      "  %a = ((f32[64,256]{1,0:T(8,128)}), f32[64,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+      "async-start(%x), calls=%async",
+      "  ROOT %d = f32[64,128]{1,0:T(8,128)S(1)} async-done(%a)",
+      "}",
+    ]
+  )
+  assert count(hlo.parse(text), 1).traffic == 4 * 64 * 128
 
 
 def test_shapes():

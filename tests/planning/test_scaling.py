@@ -30,11 +30,13 @@ def test_rows():
     "bound": "products",
     "images_per_second": 2560.0,
     "steps": 25_020,
+    "xla": {"flops": 7e12},
   }
   assert scaling.line("MAR v5e-64", result) == (
     "| MAR | v5e-64 | 8 | no | 8.0 / 15.75 | 41.0 | 60 | 0.10 | 200 / 100 / 1 | 2,560 | 1.39 | "
     "products |"
   )
+  assert "| 8.0 + code / 15.75 |" in scaling.line("MAR v5e-64", result | {"xla": None})
   large = result | {"fits": False, "needs": None, "remat": True}
   assert scaling.line("MAR v5e-64", large).endswith("| does not fit |")
   cells = {scaling.line("MAR v5e-64", r).count("|") for r in (None, large, result)}

@@ -1,0 +1,79 @@
+"""Compiles up to code generation, most of a compile's time, and reads what the compiler wrote.
+
+By then the program is decided: fusions, layouts, schedule and the place of every array. Only the
+size of its own code is not known. libtpu has no such mode, so another process compiles, and ends as
+soon as the compiler has dumped the optimized program and its use of memory.
+"""
+
+import multiprocessing
+import pathlib
+import re
+import tempfile
+import time
+import traceback
+from typing import Any
+
+import jax
+
+from coda_jax import config as c
+from coda_jax.errors import UserError
+from coda_jax.planning import chips, programs
+
+# What libtpu writes, in this order.
+_PROGRAM, _MEMORY, _LAST = (
+  f"*.after_optimizations{end}.txt"
+  for end in ("", "-memory-usage-report", "_after_buffer_assignment")
+)
+_POLL = 0.5  # seconds
+
+
+class CompilerError(Exception):
+  """What the compiler said of a program that it does not take."""
+
+
+def optimize(
+  what: str, settings, topology: chips.Topology, tokenizer: c.TrainConfig | None
+) -> tuple[str, int]:
+  """(text of the optimized program, bytes of a device's arrays) of one of `programs.make`.
+
+  Raises:
+    CompilerError: it fails, as where the program does not fit.
+    UserError: this libtpu does not write what is needed.
+  """
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    arguments = what, settings, topology, tokenizer, folder
+    process = multiprocessing.get_context("spawn").Process(target=_compile, args=arguments)
+    process.start()
+    try:
+      while process.is_alive() and not any(folder.glob(_LAST)):
+        time.sleep(_POLL)
+    finally:
+      process.kill()
+      process.join()
+    if not any(folder.glob(_LAST)):
+      error = folder / "error"
+      if error.exists():
+        raise CompilerError(error.read_text())
+      raise UserError(
+        f"the compiler ended with exit code {process.exitcode} before its program could be read; "
+        "leave out --no-code"
+      )
+    (program,), (memory,) = folder.glob(_PROGRAM), folder.glob(_MEMORY)
+    total = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", memory.read_text(), re.M)
+    if total is None:
+      raise UserError("this libtpu's report of memory has another form; leave out --no-code")
+    return program.read_text(), int(total[1])
+
+
+def _compile(what: str, settings, topology, tokenizer, folder: pathlib.Path) -> None:
+  """In the other process."""
+  jax.config.update("jax_platforms", "cpu")
+  lowered = programs.make(what, settings, chips.devices(topology), tokenizer).lower()
+  options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+  try:
+    lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as e:
+    (folder / "error").write_text(str(e))
+  except Exception:
+    (folder / "error").write_text(traceback.format_exc())
