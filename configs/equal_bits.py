@@ -27,6 +27,11 @@ LOOKUPS = {
   "lfq": ("LFQ", {"lookup": "lfq"}),
   "bsq": ("BSQ", {"lookup": "bsq"}),
 }
+# The start has a quantizer of its own; of this one it takes `gradient`, which attention has not.
+ROTATION = {
+  "tokenizer__quantizer__lookup": "euclidean",
+  "tokenizer__quantizer__gradient": "rotation",
+}
 # Learning rates / that of the config: codes that come from data need small steps.
 FROM_DATA = ((r"^vae\.", 0.3), (r"^quantizer\.", 0.1))
 COLUMNS = ("psnr", "ssim", "lpips", "vgg_kd", "relative_error", "codes_used")
@@ -45,6 +50,8 @@ def rows_at(bits: int) -> dict[str, dict]:
   rows[f"free_{bits}"] = free | {"trainable": ()}
   for name, half in (("decoder_", "decoder"), ("", "")):
     rows[f"free_{name}lora_{bits}"] = free | {"trainable": (("LoRAParam", half),)}
+  rows[f"free_rotation_lora_{bits}"] = rows[f"free_lora_{bits}"] | ROTATION
+  rows[f"free_all_{bits}"] = free | {"optimizer__rates": FROM_DATA}
   rows[f"data_{bits}"] = data | {"trainable": ()}
   rows[f"data_lora_{bits}"] = data | {"optimizer__rates": FROM_DATA}
   return rows
@@ -61,6 +68,8 @@ def table_at(bits: int) -> Table:
   lines.append(Line("training-free", f"free_{bits}"))
   lines.append(Line("training-free, LoRA on the decoder", f"free_decoder_lora_{bits}"))
   lines.append(Line("training-free, LoRA", f"free_lora_{bits}"))
+  lines.append(Line("training-free, LoRA, rotation trick", f"free_rotation_lora_{bits}"))
+  lines.append(Line("training-free, LoRA and its codes", f"free_all_{bits}"))
   return Table(f"{bits} bits an image", tuple((x, "") for x in COLUMNS), tuple(lines))
 
 

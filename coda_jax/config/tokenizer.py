@@ -34,8 +34,8 @@ class TokenizerSettings:
     lora: adapters, or None to leave the VAE as it is.
     image_size: side of the training images in pixels.
     start: directory of a tokenizer to start from, trained or made by `coda_jax.discretize`. Its
-      VAE, quantizer, adapters and image size replace those above; `lora` is added to a tokenizer
-      without adapters.
+      VAE, quantizer, adapters and image size replace those above, but for the quantizer's `beta`
+      and `gradient`; `lora` is added to a tokenizer without adapters.
   """
 
   vae: str
@@ -52,7 +52,9 @@ class TokenizerSettings:
     """
     if isinstance(start, VAEConfig):
       return TokenizerConfig(start, self.quantizer, self.lora, self.image_size)
-    return dataclasses.replace(start, lora=start.lora or self.lora)
+    how = {"beta": self.quantizer.beta, "gradient": self.quantizer.gradient}
+    quantizer = dataclasses.replace(start.quantizer, **how)
+    return dataclasses.replace(start, quantizer=quantizer, lora=start.lora or self.lora)
 
 
 @dataclasses.dataclass(frozen=True)

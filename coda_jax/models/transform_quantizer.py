@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
 from coda_jax.models.inputs import check_latents
+from coda_jax.models.lookup_base import GRADIENTS
+from coda_jax.models.lookups import EuclideanLookup, rotated
 from coda_jax.models.quantizer import QuantizerOutput
 from coda_jax.models.token_grids import TokenGrids
 from coda_jax.ops.codebook_lookup import euclidean_lookup
@@ -50,6 +52,8 @@ class TransformConfig(TokenGrids):
     factor_codes, factor_dims: codes and coordinates of each factor, those of level 1 first.
     block: side of a block of latents.
     lookup: how the codes were found, one of `METHODS`.
+    beta: in training, weight of the loss that pulls latents to codes; None is 0.25.
+    gradient: in training, as of `QuantizerConfig`, of blocks.
   """
 
   codebook_size: int
@@ -60,10 +64,14 @@ class TransformConfig(TokenGrids):
   factor_dims: tuple[int, ...]
   block: int = 1
   lookup: str = "lloyd-max"
+  beta: float | None = None
+  gradient: str = GRADIENTS[0]
 
   def __post_init__(self):
     if self.lookup not in METHODS:
       raise UserError(f"quantizer.lookup is {self.lookup!r}; it is one of {', '.join(METHODS)}")
+    if self.gradient not in GRADIENTS:
+      raise UserError(f"quantizer.gradient is {self.gradient!r}; it is {' or '.join(GRADIENTS)}")
     fits = (
       len(self.patch_sizes) == len(self.level_codes) > 0
       and len(set(self.patch_sizes)) == 1
@@ -152,18 +160,30 @@ class TransformQuantizer(nnx.Module):
     self.codebooks = nnx.List([nnx.Param(jnp.zeros(shape)) for shape in shapes])
 
   def __call__(self, latents: Float[Array, "b h w c"]) -> QuantizerOutput:
-    """Quantizes scaled latents; straight-through, with a loss by which codes may train."""
+    """Quantizes scaled latents, with losses by which codes and latents may train: those of
+    `EuclideanLookup`."""
     sg, (_, h, w, _) = jax.lax.stop_gradient, latents.shape
     ids = self.encode(latents)
     totals = jnp.cumsum(jnp.stack(self.level_latents(ids, (h, w))), 0)
     errors = jnp.square(totals - sg(latents)).mean((1, 2, 3, 4))
+    beta = EuclideanLookup.default_beta if self.config.beta is None else self.config.beta
     return QuantizerOutput(
       ids=ids,
-      latents=latents + sg(totals[-1] - latents),
-      vq_loss=errors[-1],
+      latents=self._through(latents, sg(totals[-1])),
+      vq_loss=errors[-1] + beta * jnp.square(latents - sg(totals[-1])).mean(),
       entropy_loss=jnp.zeros(()),
       level_mse=sg(errors),
     )
+
+  def _through(
+    self, latents: Float[Array, "b h w c"], values: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h w c"]:
+    """Values that pass their gradient on to latents."""
+    if self.config.gradient == "straight_through":
+      return latents + jax.lax.stop_gradient(values - latents)
+    x, y = (to_blocks(z.astype(jnp.float32), self.config.block) for z in (latents, values))
+    turned = rotated(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]))
+    return from_blocks(turned.reshape(x.shape), self.config.block).astype(latents.dtype)
 
   def encode(self, latents: Float[Array, "b h w c"]) -> list[Int[Array, "b p q"]]:
     """Ids of scaled latents, one array per level, coarse to fine."""

@@ -94,18 +94,50 @@ def test_call_encode_decode_and_values_agree():
     np.testing.assert_array_equal(a, b)
 
 
-def test_gradients_go_through_and_codes_can_train():
-  q, x = quantizer(), jnp.ones((1, 4, 4, 1)) * 0.3
+def gradients(x, weights_of_losses=(1.0, 1.0), **changes):
+  """Of the sum of the latents and the loss, to parameters and latents."""
+  q = quantizer()
+  q.config = dataclasses.replace(CONFIG, **changes)
+  graphdef, params = arrays.split(q)
 
   @jax.jit
   def run(params, x):
     out = arrays.merge(graphdef, params)(x)
-    return out.latents.sum() + out.vq_loss
+    through, loss = weights_of_losses
+    return through * out.latents.sum() + loss * out.vq_loss
 
-  graphdef, params = arrays.split(q)
-  codes, through = jax.grad(run, (0, 1))(params, x)
+  return jax.grad(run, (0, 1))(params, x)
+
+
+def test_gradients_go_through_and_codes_can_train():
+  x = jnp.ones((1, 4, 4, 1)) * 0.3
+  codes, through = gradients(x, beta=0.0)
   np.testing.assert_allclose(through, 1)
   assert float(jnp.abs(codes["codebooks.0"]).max()) > 0
+
+
+def test_beta_pulls_latents_to_their_codes():
+  q, x = quantizer(), jax.random.normal(jax.random.key(0), (1, 4, 4, 1))
+  distance = np.asarray(x - decode(q, encode(q, x)))
+  for beta, changes in ((0.25, {}), (0.5, {"beta": 0.5})):
+    _, pull = gradients(x, (0, 1), **changes)
+    np.testing.assert_allclose(pull, 2 * beta * distance / x.size, atol=1e-6)
+
+
+def test_the_rotation_trick_turns_the_gradient_of_each_block():
+  q, x = quantizer(), jax.random.normal(jax.random.key(0), (1, 4, 4, 1))
+  _, turned = gradients(x, (1, 0), gradient="rotation")
+  blocks, values = (
+    np.asarray(to_blocks(y, 2), np.float64).reshape(-1, 4) for y in (x, decode(q, encode(q, x)))
+  )
+  for block, value, found in zip(blocks, values, to_blocks(turned, 2).reshape(-1, 4), strict=True):
+    a, b = block / np.linalg.norm(block), value / np.linalg.norm(value)
+    r = (a + b) / np.linalg.norm(a + b)
+    rotation = np.eye(4) - 2 * np.outer(r, r) + 2 * np.outer(b, a)
+    scale = np.linalg.norm(value) / np.linalg.norm(block)
+    np.testing.assert_allclose(found, scale * rotation.T @ np.ones(4), atol=1e-5)
+  with pytest.raises(UserError, match="quantizer.gradient is 'none'"):
+    dataclasses.replace(CONFIG, gradient="none")
 
 
 def test_ids_of_another_level_add_nothing():
