@@ -9,10 +9,8 @@ open the accelerator.
 
 import dataclasses
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,6 +23,7 @@ from jaxtyping import Bool
 from coda_jax.data import sources
 from coda_jax.data.image_stream import MAX_ATTEMPTS, ImageStream
 from coda_jax.errors import UserError
+from coda_jax.processes import die_with_parent
 
 MAX_UNREADABLE = 0.01  # of the images
 MAX_PART = 8  # images that grain handles as one element
@@ -88,12 +87,7 @@ def _init_worker(index: int, count: int):
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-  def die_with(parent):  # killed by SIGKILL, the main process cannot stop its workers
-    parent.join()
-    os._exit(1)
-
-  parent = multiprocessing.parent_process()
-  threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+  die_with_parent()
 
 
 def _check_shared_memory(needed: int):

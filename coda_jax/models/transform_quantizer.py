@@ -181,9 +181,10 @@ class TransformQuantizer(nnx.Module):
     """Values that pass their gradient on to latents."""
     if self.config.gradient == "straight_through":
       return latents + jax.lax.stop_gradient(values - latents)
-    x, y = (to_blocks(z.astype(jnp.float32), self.config.block) for z in (latents, values))
+    b = self.config.block
+    x, y = (jnp.asarray(to_blocks(z.astype(jnp.float32), b)) for z in (latents, values))
     turned = rotated(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]))
-    return from_blocks(turned.reshape(x.shape), self.config.block).astype(latents.dtype)
+    return jnp.asarray(from_blocks(turned.reshape(x.shape), b), latents.dtype)
 
   def encode(self, latents: Float[Array, "b h w c"]) -> list[Int[Array, "b p q"]]:
     """Ids of scaled latents, one array per level, coarse to fine."""

@@ -18,6 +18,7 @@ import jax
 from coda_jax import config as c
 from coda_jax.errors import UserError
 from coda_jax.planning import chips, programs
+from coda_jax.processes import die_with_parent
 
 # What libtpu writes, in this order.
 _PROGRAM, _MEMORY, _LAST = (
@@ -42,8 +43,8 @@ def optimize(
   """
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    arguments = what, settings, topology, tokenizer, folder
-    process = multiprocessing.get_context("spawn").Process(target=_compile, args=arguments)
+    arguments = _compile, what, settings, topology, tokenizer, folder
+    process = multiprocessing.get_context("spawn").Process(target=_in_process, args=arguments)
     process.start()
     try:
       while process.is_alive() and not any(folder.glob(_LAST)):
@@ -66,8 +67,13 @@ def optimize(
     return program.read_text(), int(total[1])
 
 
+def _in_process(compiler, *args) -> None:
+  die_with_parent()
+  compiler(*args)
+
+
 def _compile(what: str, settings, topology, tokenizer, folder: pathlib.Path) -> None:
-  """In the other process."""
+  """Compiles and dumps into the folder, there also what the compiler says if it fails."""
   jax.config.update("jax_platforms", "cpu")
   lowered = programs.make(what, settings, chips.devices(topology), tokenizer).lower()
   options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}

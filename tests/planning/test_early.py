@@ -1,6 +1,10 @@
 """What is read of a compiler that is stopped, with stand-ins for the compiler."""
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -62,3 +66,32 @@ def test_what_the_compiler_refuses(monkeypatch):
 def test_compilers_that_write_something_else(monkeypatch, compiler, line):
   with pytest.raises(UserError, match=f"{line}.*leave out --no-code"):
     optimize(monkeypatch, compiler)
+
+
+def tells_its_number(what, settings, topology, tokenizer, folder):
+  pathlib.Path(what).write_text(str(os.getpid()))
+  time.sleep(600)
+
+
+def test_the_compiler_ends_with_a_command_that_is_killed(tmp_path):
+  file = tmp_path / "number"
+  code = (
+    "from coda_jax.planning import early\n"
+    "from tests.planning import test_early\n"
+    "if __name__ == '__main__':\n"
+    "  early._compile = test_early.tells_its_number\n"
+    f"  early.optimize({str(file)!r}, None, None, None)\n"
+  )
+  (tmp_path / "command.py").write_text(code)
+  path = {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  command = subprocess.Popen([sys.executable, tmp_path / "command.py"], env=os.environ | path)
+  deadline = time.monotonic() + 300
+  while not (file.exists() and file.read_text()):
+    assert command.poll() is None and time.monotonic() < deadline
+    time.sleep(0.1)
+  number = int(file.read_text())
+  command.send_signal(signal.SIGKILL)
+  command.wait()
+  while pathlib.Path(f"/proc/{number}").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
