@@ -1,6 +1,8 @@
 """The text of a compiled program (HLO) as computations of instructions.
 
 Source: https://openxla.org/xla/operation_semantics, and the text that `compiled.as_text()` gives.
+Some compilers write `%x#2` for element 2 of a tuple; it is read as the `get-tuple-element` that it
+stands for.
 """
 
 import dataclasses
@@ -147,11 +149,12 @@ def parse(text: str) -> Module:
   """The module of `compiled.as_text()`. Raises ValueError if there is no computation that runs."""
   computations: dict[str, Computation] = {}
   entry, current = "", None
+  types: dict[str, str] = {}  # of the instructions of a computation
   for line in text.splitlines():
     if current is None:
       head = _HEAD.match(line)
       if head:
-        current = Computation(head[2], {})
+        current, types = Computation(head[2], {}), {}
         computations[head[2]] = current
         entry = head[2] if head[1] else entry
     elif line.startswith("}"):
@@ -159,7 +162,10 @@ def parse(text: str) -> Module:
     else:
       found = _instruction(line)
       if found:
-        root, instruction = found
+        root, kind, instruction = found
+        types[instruction.name] = kind
+        for name in instruction.operands:
+          _name_element(name, current.instructions, types)
         current.instructions[instruction.name] = instruction
         if root:
           current.root = instruction.name
@@ -171,7 +177,20 @@ def parse(text: str) -> Module:
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 
 
-def _instruction(line: str) -> tuple[bool, Instruction] | None:
+def _name_element(name: str, instructions: dict[str, Instruction], types: dict[str, str]) -> None:
+  """Adds the instruction that `tuple#index` stands for."""
+  tuple_name, _, index = name.rpartition("#")
+  if not tuple_name or name in instructions or not index.isdecimal():
+    return
+  _name_element(tuple_name, instructions, types)
+  if tuple_name in types:
+    kind = types[name] = _split(types[tuple_name].strip()[1:-1])[int(index)]
+    element = Instruction(name, "get-tuple-element", shapes(kind), [tuple_name], f", index={index}")
+    instructions[name] = element
+
+
+def _instruction(line: str) -> tuple[bool, str, Instruction] | None:
+  """(whether it is the root, its type, it)."""
   match = _NAME.match(line)
   if not match:
     return None
@@ -187,7 +206,8 @@ def _instruction(line: str) -> tuple[bool, Instruction] | None:
   else:
     # A name alone, or behind its type.
     operands = [w.split()[-1].lstrip("%") for w in _split(inner)]
-  return bool(match[1]), Instruction(match[2], op, shapes(kind), operands, rest[end + 1 :])
+  instruction = Instruction(match[2], op, shapes(kind), operands, rest[end + 1 :])
+  return bool(match[1]), kind, instruction
 
 
 def _closing(text: str, start: int) -> int:

@@ -228,6 +228,25 @@ def test_moves_to_memory_on_the_chip_read_what_they_take():
   assert count(hlo.parse(text), 1).traffic == 4 * 64 * 128
 
 
+def test_elements_of_tuples_by_number():
+  """As newer compilers write them."""
+  text = "\n".join(
+    [
+      "ENTRY %main (x: (f32[64,128], (s32[], bf16[8,128]))) -> f32[64,128] {",
+      "  %x = (f32[64,128]{1,0}, /*index=1*/(s32[], bf16[8,128]{1,0})) parameter(0)",
+      "  %y = bf16[8,128]{1,0} negate(%x#1#1)",
+      "  ROOT %z = f32[64,128]{1,0} negate(f32[64,128]{1,0} %x#0)",
+      "}",
+    ]
+  )
+  module = hlo.parse(text)
+  (computation,) = module.computations.values()
+  element = computation.instructions["x#1#1"]
+  assert element.op == "get-tuple-element" and element.operands == ["x#1"]
+  assert element.attribute(r"index=(\d+)") == "1" and element.results[0].dims == (8, 128)
+  assert count(module, 1).traffic == 2 * 8 * 128 * 2 + 2 * 64 * 128 * 4
+
+
 def test_shapes():
   (shape,) = hlo.shapes("bf16[32,2,40,64]{3,0,2,1:T(8,128)(2,1)S(1)}")
   assert (shape.bytes, shape.space) == (2 * 32 * 2 * 40 * 64, 1)
