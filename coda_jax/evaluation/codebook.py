@@ -1,5 +1,8 @@
 """How a tokenizer uses its codebook: counts of every code at every level and their summaries."""
 
+import functools
+import itertools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -10,15 +13,33 @@ from jaxtyping import Array, Int, Integer
 
 from coda_jax.evaluation.reconstruction import Batch
 
-
-def count_codes(ids: Sequence[Int[Array, "..."]], codebook_size: int) -> Int[Array, "levels v"]:
-  """How often each level uses each code, on the device (jit-friendly)."""
-  return jnp.stack([jnp.bincount(jnp.ravel(level), length=codebook_size) for level in ids])
+Counts = Array | np.ndarray
 
 
-def code_age(
-  age: Integer[jax.Array | np.ndarray, "v"], counts: Integer[jax.Array | np.ndarray, "v"]
-) -> Integer[jax.Array | np.ndarray, "v"]:
+def count_codes(
+  ids: Sequence[Int[Array, "..."]], codebook_size: int, level_codes: Sequence[int]
+) -> list[Int[Array, "_"]]:
+  """How often each level uses each of its codes, on the device (jit-friendly)."""
+  levels = zip(ids, _firsts(codebook_size, level_codes), level_codes, strict=True)
+  return [jnp.bincount(jnp.ravel(level) - first, length=n) for level, first, n in levels]
+
+
+def over_levels(counts: Sequence[Counts], codebook_size: int) -> Counts:
+  """Counts of each of the V codes by those of the levels, which share codes or have their own."""
+  if sum(map(len, counts)) > codebook_size:
+    return functools.reduce(operator.add, counts)
+  on_host = isinstance(counts[0], np.ndarray)
+  return np.concatenate(counts) if on_host else jnp.concatenate(counts)
+
+
+def _firsts(codebook_size: int, level_codes: Sequence[int]) -> list[int]:
+  """The first id of each level."""
+  if sum(level_codes) > codebook_size:
+    return [0] * len(level_codes)
+  return [0, *itertools.accumulate(level_codes)][:-1]
+
+
+def code_age(age: Integer[Counts, "v"], counts: Integer[Counts, "v"]) -> Integer[Counts, "v"]:
   """Steps since each code was last used, given the ages before a step and the step's counts."""
   return (age + 1) * (counts == 0)
 
@@ -28,18 +49,17 @@ class CodebookUsage:
   """How often codes were used. `merge` adds the counts of other images or other hosts.
 
   Attributes:
-    counts: [levels, V], int64.
-    level_codes: how many codes the tokens of each level choose from; () is V.
+    counts: of each level those of its codes, int64. Levels share the V codes, or have their own,
+      one level's after the other's, V together.
+    codebook_size: V.
   """
 
-  counts: Integer[np.ndarray, "levels v"]
-  level_codes: tuple[int, ...] = struct.field(pytree_node=False, default=())
+  counts: tuple[Integer[np.ndarray, "_"], ...]
+  codebook_size: int = struct.field(pytree_node=False)
 
   @classmethod
-  def empty(
-    cls, levels: int, codebook_size: int, level_codes: tuple[int, ...] = ()
-  ) -> "CodebookUsage":
-    return cls(np.zeros((levels, codebook_size), np.int64), level_codes)
+  def empty(cls, codebook_size: int, level_codes: Sequence[int]) -> "CodebookUsage":
+    return cls(tuple(np.zeros(n, np.int64) for n in level_codes), codebook_size)
 
   @classmethod
   def of(cls, batch: Batch) -> "CodebookUsage":
@@ -50,14 +70,21 @@ class CodebookUsage:
     cls,
     ids: Sequence[Integer[np.ndarray | jax.Array, "..."]],
     codebook_size: int,
-    level_codes: tuple[int, ...] = (),
+    level_codes: Sequence[int] = (),
   ) -> "CodebookUsage":
-    """Usage by the `ids` of each level, of any shape."""
-    levels = [np.bincount(np.ravel(level), minlength=codebook_size) for level in ids]
-    return cls(np.stack(levels).astype(np.int64), level_codes)
+    """Usage by the `ids` of each level, of any shape.
+
+    Args:
+      level_codes: how many codes the tokens of each level choose from; () is V.
+    """
+    level_codes = level_codes or (codebook_size,) * len(ids)
+    levels = zip(ids, _firsts(codebook_size, level_codes), level_codes, strict=True)
+    counts = [np.bincount(np.ravel(level) - first, minlength=n) for level, first, n in levels]
+    return cls(tuple(x.astype(np.int64) for x in counts), codebook_size)
 
   def merge(self, other: "CodebookUsage") -> "CodebookUsage":
-    return CodebookUsage(self.counts + other.counts, self.level_codes)
+    counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+    return CodebookUsage(counts, self.codebook_size)
 
   def summary(self) -> dict[str, float]:
     """Scalars by name; levels count from 1."""
@@ -71,7 +98,19 @@ class CodebookUsage:
   @property
   def overall(self) -> np.ndarray:
     """Counts of each code over all levels [V]."""
-    return self.counts.sum(axis=0)
+    return np.asarray(over_levels(self.counts, self.codebook_size))
+
+  def at_level(self, level: int) -> np.ndarray:
+    """Counts of each code at one level [V]."""
+    sizes = [len(x) for x in self.counts]
+    first, out = _firsts(self.codebook_size, sizes)[level], np.zeros(self.codebook_size, np.int64)
+    out[first : first + sizes[level]] = self.counts[level]
+    return out
+
+  @property
+  def tokens(self) -> int:
+    """Tokens counted."""
+    return sum(int(x.sum()) for x in self.counts)
 
   @property
   def utilization(self) -> float:
@@ -81,17 +120,17 @@ class CodebookUsage:
   @property
   def level_utilization(self) -> np.ndarray:
     """Fraction of its codes that each level used [levels]."""
-    return np.sum(self.counts > 0, axis=1) / self._codes
+    return np.array([np.mean(x > 0) for x in self.counts])
 
   @property
   def perplexity(self) -> float:
     """exp of the entropy of the codes' frequencies over all levels: V if all are used alike."""
-    return float(_perplexity(self.overall[None])[0])
+    return _perplexity(self.overall)
 
   @property
   def level_perplexity(self) -> np.ndarray:
     """The same per level [levels]."""
-    return _perplexity(self.counts)
+    return np.array([_perplexity(x) for x in self.counts])
 
   @property
   def entropy(self) -> float:
@@ -106,25 +145,19 @@ class CodebookUsage:
   @property
   def tokens_per_code(self) -> float:
     """Tokens counted / codes. Below a few, utilization says nothing: state this beside it."""
-    return float(self.counts.sum() / self.counts.shape[1])
+    return self.tokens / self.codebook_size
 
   @property
   def level_tokens_per_code(self) -> np.ndarray:
     """The same per level [levels]."""
-    return self.counts.sum(axis=1) / self._codes
+    return np.array([x.mean() for x in self.counts])
 
   @property
   def uniform_level_utilization(self) -> np.ndarray:
     """`level_utilization` if all codes were equally likely, on average [levels]."""
-    return 1 - (1 - 1 / self._codes) ** self.counts.sum(axis=1)
-
-  @property
-  def _codes(self) -> np.ndarray:
-    """How many codes each level chooses from [levels]."""
-    levels, size = self.counts.shape
-    return np.array(self.level_codes or (size,) * levels, np.float64)
+    return np.array([1 - (1 - 1 / len(x)) ** x.sum() for x in self.counts])
 
 
-def _perplexity(counts: np.ndarray) -> np.ndarray:
-  p = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  return np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1))
+def _perplexity(counts: np.ndarray) -> float:
+  p = counts / max(counts.sum(), 1)
+  return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))

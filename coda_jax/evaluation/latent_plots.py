@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from coda_jax.evaluation.codebook import CodebookUsage
 from coda_jax.evaluation.figures import COLOURS, LINE, MUTED, legend, panels, styled
 
 
@@ -59,7 +60,7 @@ def latents_plot(
 def codes_plot(
   inputs: Sequence[Float[np.ndarray, "_ c"]],
   values: Float[np.ndarray, "v c"],
-  counts: Int[np.ndarray, "levels v"],
+  usage: CodebookUsage,
   shown: Sequence[int],
 ) -> Figure:
   """Codes over what they are looked up for: all levels together, then some (paper, Figure 6).
@@ -67,7 +68,7 @@ def codes_plot(
   Args:
     inputs: latents at the input of each level.
     values: what each code stands for.
-    counts: how often each level used it.
+    usage: how often each level used them.
     shown: levels with a panel of their own, from 0.
   """
   least = min(len(x) for x in inputs)
@@ -76,8 +77,8 @@ def codes_plot(
   mean, axes, _ = principal_axes(every)
   codes = (values - mean) @ axes
   figure, cells = panels(1 + len(shown), 4, 2.9, 3.0)
-  sets = [("inputs of all levels", every, counts.sum(axis=0))]
-  sets += [(f"level {i + 1} of {len(inputs)}", inputs[i], counts[i]) for i in shown]
+  sets = [("inputs of all levels", every, usage.overall)]
+  sets += [(f"level {i + 1} of {len(inputs)}", inputs[i], usage.at_level(i)) for i in shown]
   for axis, (title, x, used) in zip(cells, sets, strict=True):
     x = x[:: max(1, len(x) // 4000)]
     unused = used == 0

@@ -46,7 +46,7 @@ def _coverage(run: Run, suffix: str, figure: Callable[..., str]) -> str:
 
 def _codes(run: Run, suffix: str, figure: Callable[..., str]) -> str:
   x = run.latents
-  plot = latent_plots.codes_plot(x.level_inputs, x.values, x.counts, _stops(len(x.quantized)))
+  plot = latent_plots.codes_plot(x.level_inputs, x.values, x.usage, _stops(len(x.quantized)))
   text = (
     "The codes (what each adds to the latents) over the vectors they are looked up for, in one "
     "plane for all panels: first the inputs of all levels, then of single ones. Codes should "

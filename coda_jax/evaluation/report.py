@@ -219,9 +219,9 @@ def _level_table(run: Run, named: bool) -> str:
 def _usage(runs, picture) -> str:
   plot = tokenizer_plots.usage_plot({run.name: run.usage for run in runs})
   parts = [
-    f"<li>{_bold(run)}: {_percent(run.usage.utilization)} of {run.usage.counts.shape[1]:,} "
+    f"<li>{_bold(run)}: {_percent(run.usage.utilization)} of {run.usage.codebook_size:,} "
     f"codes, perplexity {_number(run.usage.perplexity)}, measured on "
-    f"{int(run.usage.counts.sum()):,} tokens ({_number(run.usage.tokens_per_code)} per code) of "
+    f"{run.usage.tokens:,} tokens ({_number(run.usage.tokens_per_code)} per code) of "
     f"{html.escape(run.usage_source)}.</li>"
     for run in runs
   ]

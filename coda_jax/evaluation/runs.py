@@ -50,7 +50,7 @@ class Latents:
     quantized: [L, N, C] the latents quantized by the first 1 to L levels.
     level_inputs: [n, C] per level, the vectors that it looks up.
     values: [V, C] the vector of each code.
-    counts: [levels, V] uses of each code by the same images.
+    usage: uses of the codes by the same images.
     confidence: [n, k] of n vectors that the last level looks up, the k likeliest codes' weights or
       distances, likeliest first; `confidence_label` says which.
   """
@@ -59,7 +59,7 @@ class Latents:
   quantized: np.ndarray
   level_inputs: Sequence[np.ndarray]
   values: np.ndarray
-  counts: np.ndarray
+  usage: CodebookUsage
   confidence: np.ndarray
   confidence_label: str
 
@@ -229,7 +229,7 @@ def _latents(tokenizer: Tokenizer, encoded: Encoded) -> Latents:
     quantized=np.moveaxis(np.asarray(encoded.quantized), 1, 0).reshape(levels, -1, channels),
     level_inputs=level_inputs,
     values=np.asarray(tokenizer.quantizer.values()),
-    counts=CodebookUsage.count(encoded.ids, encoded.codebook_size).counts,
+    usage=CodebookUsage.count(encoded.ids, encoded.codebook_size, encoded.level_codes),
     confidence=np.abs(np.take_along_axis(sure, likeliest, axis=1)),
     confidence_label=lookup.confidence_label,
   )
@@ -257,7 +257,7 @@ def count_usage(
     levels = zip(level_codes, config.patch_sizes, strict=True)
     codes_per_token = max(codes / (p * p) for codes, p in levels)
   count = math.ceil(math.ceil(tokens_per_code * codes_per_token) / batch_size)
-  usage = CodebookUsage.empty(len(level_codes), config.codebook_size, level_codes)
+  usage = CodebookUsage.empty(config.codebook_size, level_codes)
   batches = pipeline.train_batches(
     source,
     image_size=tokenizer.config.image_size,

@@ -16,7 +16,7 @@ from coda_jax.config import AdversarialSettings, TrainConfig
 from coda_jax.data import pipeline, sources
 from coda_jax.data.inventory import Inventory, describe
 from coda_jax.errors import UserError
-from coda_jax.evaluation.codebook import code_age, count_codes
+from coda_jax.evaluation.codebook import code_age, count_codes, over_levels
 from coda_jax.evaluation.evaluator import evaluate
 from coda_jax.evaluation.metrics import Results
 from coda_jax.evaluation.reconstruction import Batch, BatchResult, reconstruct_batch
@@ -263,7 +263,8 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
   def _update(self, state: TrainState, frozen, key: jax.Array, batch: jax.Array):
     """From images uint8 [accumulation, B, H, W, 3]."""
     config, disc = self.config, state.discriminator
-    vae, codes = self.tokenizer_config.vae, self.tokenizer_config.quantizer.codebook_size
+    vae, quantizer = self.tokenizer_config.vae, self.tokenizer_config.quantizer
+    codes, level_codes = quantizer.codebook_size, quantizer.codes_by_level
     schedule = jnp.minimum(state.step / (config.adversarial.ramp_steps or self.steps), 1.0)
     blur = 1.0 - jnp.minimum(state.step / (2 * self.steps), 1.0)
 
@@ -282,19 +283,20 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
         blur,
       )
       means = out.gradients, out.discriminator_gradients, out.metrics
-      return out.variables, means, count_codes(out.ids, codes)
+      return out.variables, means, count_codes(out.ids, codes, level_codes)
 
     variables, (gradients, disc_gradients, metrics), counts = over_micro_batches(
       micro_batch, disc.variables, batch
     )
     params, optimizer = descend(self._optimizer, gradients, state.optimizer, state.params)
     ema = averaged(state.ema, params, ema_decay(config.ema, state.step, self.steps_per_epoch))
-    age = code_age(state.code_age, counts.sum(0))
+    overall = over_levels(counts, codes)
+    age = code_age(state.code_age, overall)
     metrics |= {
       "grad_norm": optax.tree.norm(gradients),
       "learning_rate": self.learning_rate(state.step),
       "codebook_perplexity": _perplexity(counts),
-      "codebook_utilization": jnp.mean(counts.sum(0) > 0),
+      "codebook_utilization": jnp.mean(overall > 0),
       "codes_idle": jnp.mean(age >= _IDLE),
       "code_age_max": age.max(),
     }
@@ -387,7 +389,7 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
       weights.save_tokenizer(tokenizer, workdir / self.product, made, averaged=True)
 
 
-def _perplexity(counts: jax.Array) -> jax.Array:
-  """exp of the entropy of each row of counts [L, V]."""
-  p = counts / counts.sum(1, keepdims=True)
-  return jnp.exp(jax.scipy.special.entr(p).sum(1))
+def _perplexity(counts: list[jax.Array]) -> jax.Array:
+  """exp of the entropy of each level's counts [L]."""
+  entropy = [jax.scipy.special.entr(x / x.sum()).sum() for x in counts]
+  return jnp.exp(jnp.stack(entropy))

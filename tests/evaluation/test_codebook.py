@@ -2,16 +2,19 @@ import jax
 import numpy as np
 import pytest
 
-from coda_jax.evaluation.codebook import CodebookUsage, code_age, count_codes
+from coda_jax.evaluation.codebook import CodebookUsage, code_age, count_codes, over_levels
 
 IDS = [np.array([[[0]], [[2]]], np.int32), np.array([[[0, 1], [1, 1]], [[3, 3], [0, 0]]], np.int32)]
 
 
 def test_counts_on_host_and_device_agree():
   usage = CodebookUsage.count(IDS, 5)
-  assert usage.counts.tolist() == [[1, 0, 1, 0, 0], [3, 3, 0, 2, 0]]
-  device = jax.jit(count_codes, static_argnums=1)([jax.numpy.asarray(x) for x in IDS], 5)
+  assert [x.tolist() for x in usage.counts] == [[1, 0, 1, 0, 0], [3, 3, 0, 2, 0]]
+  count = jax.jit(count_codes, static_argnums=(1, 2))
+  device = count([jax.numpy.asarray(x) for x in IDS], 5, (5, 5))
   assert np.array_equal(device, usage.counts)
+  assert np.array_equal(over_levels(device, 5), usage.overall)
+  assert usage.at_level(1).tolist() == [3, 3, 0, 2, 0] and usage.tokens == 10
 
 
 def test_figures():
@@ -29,7 +32,7 @@ def test_figures():
 
 def test_merging_is_counting_together():
   halves = [CodebookUsage.count([level[i : i + 1] for level in IDS], 5) for i in range(2)]
-  merged = CodebookUsage.empty(2, 5).merge(halves[0]).merge(halves[1])
+  merged = CodebookUsage.empty(5, (5, 5)).merge(halves[0]).merge(halves[1])
   assert np.array_equal(merged.counts, CodebookUsage.count(IDS, 5).counts)
 
 
@@ -41,8 +44,12 @@ def test_age_counts_the_steps_since_last_use():
 
 
 def test_levels_with_codes_of_their_own():
-  usage = CodebookUsage.count([np.array([0, 1, 0]), np.array([2, 2])], 6, (2, 4))
-  usage = usage.merge(CodebookUsage.empty(2, 6, (2, 4)))
+  ids = [np.array([0, 1, 0]), np.array([2, 2])]
+  usage = CodebookUsage.count(ids, 6, (2, 4)).merge(CodebookUsage.empty(6, (2, 4)))
+  assert [x.tolist() for x in usage.counts] == [[2, 1], [2, 0, 0, 0]]
+  device = count_codes([jax.numpy.asarray(x) for x in ids], 6, (2, 4))
+  assert over_levels(device, 6).tolist() == usage.overall.tolist() == [2, 1, 2, 0, 0, 0]
+  assert usage.at_level(1).tolist() == [0, 0, 2, 0, 0, 0]
   assert usage.level_utilization.tolist() == [1, 0.25]
   assert usage.level_tokens_per_code.tolist() == [1.5, 0.5]
   assert usage.utilization == 0.5

@@ -22,14 +22,14 @@ def quality(level: int, count: int, lpips: bool) -> Quality:
 
 def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> Run:
   rng = np.random.default_rng(offset)
-  usage = CodebookUsage(rng.integers(0, 3, (LEVELS, CODES)))
+  usage = CodebookUsage(tuple(rng.integers(0, 3, (LEVELS, CODES))), CODES)
   errors = np.tile(np.float32([0.8, 0.4, 0.2, 0.1]), (IMAGES, 1))
   error = QuantizationError(errors, np.zeros((IMAGES, 16), np.float32), np.ones(IMAGES, np.float32))
   results = Results((quality(3 + offset, IMAGES, lpips), error, usage))
   vectors = rng.normal(size=(64, 16)).astype(np.float32)
   latents = Latents(
     vectors, np.stack([vectors] * LEVELS), [vectors[: p * p] for p in (1, 2, 3, 8)],
-    rng.normal(size=(CODES, 16)).astype(np.float32), usage.counts,
+    rng.normal(size=(CODES, 16)).astype(np.float32), usage,
     np.sort(rng.uniform(size=(16, 50))), "distance",
   )  # fmt: skip
   movement = {step: latents.values * step for step in (1, 2)} if history else {}
