@@ -345,7 +345,9 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     black = BatchResult(
       images=zeros(side, side, 3),
       lpips=None if self._networks.lpips is None else zeros(),
-      ids=[np.zeros((1, p, p), np.int32) for p in q.patch_sizes],
+      ids=[
+        np.full((1, p, p), i, np.int32) for p, (i, _) in zip(q.patch_sizes, q.ranges, strict=True)
+      ],
       level_errors=zeros(len(q.patch_sizes)),
       latent_mean=zeros(q.code_dim),
       latent_power=zeros(),

@@ -308,14 +308,17 @@ def test_start_from_a_tokenizer(folder, tmp_path):
   weights.save_tokenizer(weights.build(make, given, "test"), tmp_path / "given")
   trainable = (("LoRAParam", "decoder"),)
   start = {"tokenizer__start": str(tmp_path / "given"), "tokenizer__image_size": 256}
+  start["tokenizer__quantizer__beta"] = 0.5
   config = runs.config(folder, **start, tokenizer__vae="", trainable=trainable)
   trainer = make_trainer(TokenizerTrainer.resolved(config))
+  assert {"psnr", "codebook_utilization/level_2"} <= set(trainer.metric_names())
   first, losses = first_updates(trainer, 2)
   assert len(losses) == 2 and all(".decoder." in name for name in first.params)
 
   trainer.export(first, tmp_path)
   ours = weights.load_tokenizer(tmp_path / "tokenizer")
-  assert ours.config == dataclasses.replace(make().config, lora=runs.LORA)
+  quantizer = dataclasses.replace(quantizer, beta=0.5)
+  assert ours.config == dataclasses.replace(make().config, quantizer=quantizer, lora=runs.LORA)
   for path, value in arrays.of(ours).items():
     if ".lora_" not in path:
       np.testing.assert_array_equal(value, given[path], path)
