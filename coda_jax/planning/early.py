@@ -10,7 +10,6 @@ import pathlib
 import re
 import tempfile
 import time
-import traceback
 from typing import Any
 
 import jax
@@ -79,7 +78,5 @@ def _compile(what: str, settings, topology, tokenizer, folder: pathlib.Path) -> 
   options: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
   try:
     lowered.compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as e:
-    (folder / "error").write_text(str(e))
-  except Exception:
-    (folder / "error").write_text(traceback.format_exc())
+  except Exception as e:
+    (folder / "error").write_text(f"{type(e).__name__}: {e}")
