@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--no-code",
     action="store_true",
-    help="stop before code generation, most of the time: the size of the code is left out",
+    help="stop before code generation, most of the time: memory is that of arrays alone",
   )
   p.add_argument("--json", type=cli.path, metavar="FILE", help="keep the results there")
   p.add_argument(
@@ -74,12 +74,11 @@ def run(args: argparse.Namespace) -> int:
   devices = chips.devices(topology)
 
   def measure(settings) -> dict:
-    given = args.what, settings
-    program = programs.make(*given, devices, tokenizer)
-    optimize = functools.partial(early.optimize, *given, topology, tokenizer)
+    program = programs.make(args.what, settings, devices, tokenizer)
+    optimize = functools.partial(early.optimize, args.what, settings, topology, tokenizer)
     return compiling.measure(program, topology, store, optimize if args.no_code else None)
 
-  given = {"config": args.config_spec, "what": args.what}
+  given = {"config": args.config_spec, "what": args.what, "code": not args.no_code}
   tools = args.what, settings, devices, functools.cache(measure), log.info
   result = given | {"remedies": [], "search": [], "largest": None} | tools[3](settings)
   if args.search:

@@ -27,7 +27,7 @@ LOOKUPS = {
   "lfq": ("LFQ", {"lookup": "lfq"}),
   "bsq": ("BSQ", {"lookup": "bsq"}),
 }
-# The start has a quantizer of its own; of this one it takes `gradient`, which attention has not.
+# The start has a quantizer of its own; of a Euclidean one it takes how the gradient passes.
 ROTATION = {
   "tokenizer__quantizer__lookup": "euclidean",
   "tokenizer__quantizer__gradient": "rotation",

@@ -18,9 +18,11 @@ from coda_jax.config.schema import (
   check_regexes,
 )
 from coda_jax.errors import UserError
+from coda_jax.models.lookups import EuclideanLookup
 from coda_jax.models.lora import LoRAConfig
 from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import TokenizerConfig
+from coda_jax.models.transform_quantizer import TransformConfig
 from coda_jax.models.vae import VAEConfig
 
 
@@ -34,8 +36,9 @@ class TokenizerSettings:
     lora: adapters, or None to leave the VAE as it is.
     image_size: side of the training images in pixels.
     start: directory of a tokenizer to start from, trained or made by `coda_jax.discretize`. Its
-      VAE, quantizer, adapters and image size replace those above, but for the quantizer's `beta`
-      and `gradient`; `lora` is added to a tokenizer without adapters.
+      VAE, quantizer, adapters and image size replace those above; `lora` is added to a tokenizer
+      without adapters. How a training-free quantizer trains is that of a Euclidean one: if
+      `quantizer.lookup` is "euclidean", its `beta` and `gradient` are taken.
   """
 
   vae: str
@@ -52,8 +55,9 @@ class TokenizerSettings:
     """
     if isinstance(start, VAEConfig):
       return TokenizerConfig(start, self.quantizer, self.lora, self.image_size)
-    how = {"beta": self.quantizer.beta, "gradient": self.quantizer.gradient}
-    quantizer = dataclasses.replace(start.quantizer, **how)
+    quantizer, ours = start.quantizer, self.quantizer
+    if isinstance(quantizer, TransformConfig) and issubclass(ours.lookup_class, EuclideanLookup):
+      quantizer = dataclasses.replace(quantizer, beta=ours.beta, gradient=ours.gradient)
     return dataclasses.replace(start, quantizer=quantizer, lora=start.lora or self.lora)
 
 

@@ -26,15 +26,21 @@ def count_codes(
 
 def over_levels(counts: Sequence[Counts], codebook_size: int) -> Counts:
   """Counts of each of the V codes by those of the levels, which share codes or have their own."""
-  if sum(map(len, counts)) > codebook_size:
+  if _shared([len(x) for x in counts], codebook_size):
     return functools.reduce(operator.add, counts)
+  # jnp would cut int64 to int32.
   on_host = isinstance(counts[0], np.ndarray)
   return np.concatenate(counts) if on_host else jnp.concatenate(counts)
 
 
+def _shared(level_codes: Sequence[int], codebook_size: int) -> bool:
+  """Whether all levels choose from the same codes; codes of their own are V together."""
+  return sum(level_codes) > codebook_size
+
+
 def _firsts(codebook_size: int, level_codes: Sequence[int]) -> list[int]:
   """The first id of each level."""
-  if sum(level_codes) > codebook_size:
+  if _shared(level_codes, codebook_size):
     return [0] * len(level_codes)
   return [0, *itertools.accumulate(level_codes)][:-1]
 
@@ -80,6 +86,7 @@ class CodebookUsage:
     level_codes = level_codes or (codebook_size,) * len(ids)
     levels = zip(ids, _firsts(codebook_size, level_codes), level_codes, strict=True)
     counts = [np.bincount(np.ravel(level) - first, minlength=n) for level, first, n in levels]
+    assert [len(x) for x in counts] == list(level_codes), "an id is not of its level"
     return cls(tuple(x.astype(np.int64) for x in counts), codebook_size)
 
   def merge(self, other: "CodebookUsage") -> "CodebookUsage":

@@ -98,7 +98,7 @@ def measure(
     JaxRuntimeError, CompilerError: the compiler fails for another reason than memory.
   """
   lowered = program.lower()
-  text = f"{topology} {versions()} {optimize is None} {lowered.as_text()}"
+  text = f"{topology} {versions()} {lowered.as_text()}" + (" without code" if optimize else "")
   key = hashlib.sha256(text.encode()).hexdigest()[:24]
   chip = topology.chip
   found = {

@@ -1,8 +1,9 @@
 """Compiles up to code generation, most of a compile's time, and reads what the compiler wrote.
 
-By then the program is decided: fusions, layouts, schedule and the place of every array. Only the
-size of its own code is not known. libtpu has no such mode, so another process compiles, and ends as
-soon as the compiler has dumped the optimized program and its use of memory.
+By then the program is decided: fusions, layouts, schedule and the place of every array. What code
+generation adds is not known: the code itself and some temporaries. libtpu has no such mode, so
+another process compiles, and ends as soon as the compiler has dumped the optimized program and its
+use of memory.
 """
 
 import multiprocessing
@@ -59,11 +60,12 @@ def optimize(
         f"the compiler ended with exit code {process.exitcode} before its program could be read; "
         "leave out --no-code"
       )
-    (program,), (memory,) = folder.glob(_PROGRAM), folder.glob(_MEMORY)
-    total = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", memory.read_text(), re.M)
+    files = [*folder.glob(_PROGRAM), *folder.glob(_MEMORY)]
+    report = files[1].read_text() if len(files) == 2 else ""
+    total = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", report, re.M)
     if total is None:
       raise UserError("this libtpu's report of memory has another form; leave out --no-code")
-    return program.read_text(), int(total[1])
+    return files[0].read_text(), int(total[1])
 
 
 def _in_process(compiler, *args) -> None:

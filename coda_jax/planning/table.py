@@ -27,10 +27,13 @@ def lines(result: dict) -> list[str]:
   out.append(f"  {'together':20} {gib(result['needs']):>12} of {gib(result['limit'])}")
   if result["fits"]:
     out += _work(result)
-  out += [f"tried: {_tried(row)}" for row in (*result["remedies"], *result["search"])]
+  out += [
+    f"tried: {_tried(row, result['code'])}" for row in (*result["remedies"], *result["search"])
+  ]
   if result["largest"] is not None:
+    alone = "" if result["code"] else ", by arrays alone"
     more = " or more" if result["largest"] == MOST else ""
-    out.append(f"largest batch: {result['largest']}{more} images a device at a time")
+    out.append(f"largest batch: {result['largest']}{more} images a device at a time{alone}")
   return [*out, verdict(result)]
 
 
@@ -67,19 +70,19 @@ def _work(result: dict) -> list[str]:
   return out
 
 
-def _tried(row: dict) -> str:
+def _tried(row: dict, code: bool) -> str:
   what = row.get("flags") or f"{row['images_per_device']} images a device"
-  end = "fits" if row["fits"] else "does not fit"
+  end = ("fits" if code else "arrays fit") if row["fits"] else "does not fit"
   return f"{what}: {end}, needs {gib(row['needs'])}"
 
 
 def verdict(result: dict) -> str:
   """One line."""
   if result["fits"]:
-    if result["xla"] is None:  # compiled up to code generation
-      left = gib(result["limit"] - result["needs"])
-      return f"fits, if the program's own code takes less than {left}"
-    return "fits"
+    if result["code"]:
+      return "fits"
+    left = gib(result["limit"] - result["needs"])
+    return f"the arrays fit; {left} are left for the program's code and what else is not counted"
   needs = f"does not fit: needs {gib(result['needs'])} of {gib(result['limit'])}"
   if not result["remedies"]:
     return needs

@@ -43,6 +43,11 @@ def writes_another_report(what, settings, topology, tokenizer, folder):
   _write(folder, "many")
 
 
+def writes_no_report(what, settings, topology, tokenizer, folder):
+  _write(folder, "1024")
+  next(folder.glob("*report.txt")).unlink()
+
+
 def optimize(monkeypatch, compiler):
   monkeypatch.setattr(early, "_compile", compiler)
   return early.optimize("update", None, chips.parse("v5e-4"), None)
@@ -61,7 +66,11 @@ def test_what_the_compiler_refuses(monkeypatch):
 
 @pytest.mark.parametrize(
   ("compiler", "line"),
-  [(writes_nothing, "exit code 0"), (writes_another_report, "another form")],
+  [
+    (writes_nothing, "exit code 0"),
+    (writes_another_report, "another form"),
+    (writes_no_report, "another form"),
+  ],
 )
 def test_compilers_that_write_something_else(monkeypatch, compiler, line):
   with pytest.raises(UserError, match=f"{line}.*leave out --no-code"):

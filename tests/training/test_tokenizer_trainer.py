@@ -14,6 +14,7 @@ from coda_jax import arrays, pretrained, sharding, weights
 from coda_jax import config as c
 from coda_jax.data import pipeline
 from coda_jax.errors import UserError
+from coda_jax.models.quantizer import QuantizerConfig
 from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.models.transform_quantizer import TransformConfig
 from coda_jax.training import loop
@@ -308,7 +309,9 @@ def test_start_from_a_tokenizer(folder, tmp_path):
   weights.save_tokenizer(weights.build(make, given, "test"), tmp_path / "given")
   trainable = (("LoRAParam", "decoder"),)
   start = {"tokenizer__start": str(tmp_path / "given"), "tokenizer__image_size": 256}
-  start["tokenizer__quantizer__beta"] = 0.5
+  start["tokenizer__quantizer"] = QuantizerConfig(
+    8, (8,), lookup="euclidean", beta=0.5, gradient="rotation"
+  )
   config = runs.config(folder, **start, tokenizer__vae="", trainable=trainable)
   trainer = make_trainer(TokenizerTrainer.resolved(config))
   assert {"psnr", "codebook_utilization/level_2"} <= set(trainer.metric_names())
@@ -317,11 +320,13 @@ def test_start_from_a_tokenizer(folder, tmp_path):
 
   trainer.export(first, tmp_path)
   ours = weights.load_tokenizer(tmp_path / "tokenizer")
-  quantizer = dataclasses.replace(quantizer, beta=0.5)
+  quantizer = dataclasses.replace(quantizer, beta=0.5, gradient="rotation")
   assert ours.config == dataclasses.replace(make().config, quantizer=quantizer, lora=runs.LORA)
   for path, value in arrays.of(ours).items():
     if ".lora_" not in path:
       np.testing.assert_array_equal(value, given[path], path)
+  # An attention quantizer in the config says nothing of how the start trains.
+  assert runs.config(folder).tokenizer.shape(ours.config).quantizer == quantizer
   changes = {"tokenizer__start": str(tmp_path / "tokenizer"), "tokenizer__lora": None}
   again = make_trainer(TokenizerTrainer.resolved(runs.config(folder, **changes)))
   state = again.initial_state()
