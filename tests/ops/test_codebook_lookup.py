@@ -68,7 +68,14 @@ def assert_equal(ours, reference, rtol=1e-4):
 
 @pytest.mark.parametrize(
   ("n", "codes", "chunk_size"),
-  [(1, 5, None), (64, 256, 16), (50, 300, 16), (37, 1000, 8), (169, 4096, None), (7, 64, 100)],
+  [
+    (1, 5, None),
+    pytest.param(64, 256, 16, marks=pytest.mark.slow),
+    (50, 300, 16),
+    pytest.param(37, 1000, 8, marks=pytest.mark.slow),
+    pytest.param(169, 4096, None, marks=pytest.mark.slow),
+    (7, 64, 100),
+  ],
 )
 def test_equals_materialised(n, codes, chunk_size):
   x, cotangents = inputs(n, codes)
@@ -135,6 +142,7 @@ def test_temperature_and_large_logits(temperature):
   assert_equal(ours(*x), value_and_grad(lambda *x: materialised(*x, temperature), cotangents)(*x))
 
 
+@pytest.mark.slow
 def test_each_cotangent_alone():
   x, (g, _) = inputs(20, 100)
   for i in (1, 2):
