@@ -17,11 +17,15 @@ Counts = Array | np.ndarray
 
 
 def count_codes(
-  ids: Sequence[Int[Array, "..."]], codebook_size: int, level_codes: Sequence[int]
+  ids: Sequence[Int[Array, "..."]], ranges: Sequence[tuple[int, int]]
 ) -> list[Int[Array, "_"]]:
-  """How often each level uses each of its codes, on the device (jit-friendly)."""
-  levels = zip(ids, _firsts(codebook_size, level_codes), level_codes, strict=True)
-  return [jnp.bincount(jnp.ravel(level) - first, length=n) for level, first, n in levels]
+  """How often each level uses each of its codes, on the device (jit-friendly).
+
+  Args:
+    ranges: of the levels' ids, `TokenGrids.ranges`.
+  """
+  levels = zip(ids, ranges, strict=True)
+  return [jnp.bincount(jnp.ravel(x) - first, length=stop - first) for x, (first, stop) in levels]
 
 
 def over_levels(counts: Sequence[Counts], codebook_size: int) -> Counts:

@@ -264,7 +264,6 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
     """From images uint8 [accumulation, B, H, W, 3]."""
     config, disc = self.config, state.discriminator
     vae, quantizer = self.tokenizer_config.vae, self.tokenizer_config.quantizer
-    codes, level_codes = quantizer.codebook_size, quantizer.codes_by_level
     schedule = jnp.minimum(state.step / (config.adversarial.ramp_steps or self.steps), 1.0)
     blur = 1.0 - jnp.minimum(state.step / (2 * self.steps), 1.0)
 
@@ -283,14 +282,14 @@ class TokenizerTrainer(Trainer[TrainState, jax.Array]):
         blur,
       )
       means = out.gradients, out.discriminator_gradients, out.metrics
-      return out.variables, means, count_codes(out.ids, codes, level_codes)
+      return out.variables, means, count_codes(out.ids, quantizer.ranges)
 
     variables, (gradients, disc_gradients, metrics), counts = over_micro_batches(
       micro_batch, disc.variables, batch
     )
     params, optimizer = descend(self._optimizer, gradients, state.optimizer, state.params)
     ema = averaged(state.ema, params, ema_decay(config.ema, state.step, self.steps_per_epoch))
-    overall = over_levels(counts, codes)
+    overall = over_levels(counts, quantizer.codebook_size)
     age = code_age(state.code_age, overall)
     metrics |= {
       "grad_norm": optax.tree.norm(gradients),

@@ -10,8 +10,8 @@ IDS = [np.array([[[0]], [[2]]], np.int32), np.array([[[0, 1], [1, 1]], [[3, 3], 
 def test_counts_on_host_and_device_agree():
   usage = CodebookUsage.count(IDS, 5)
   assert [x.tolist() for x in usage.counts] == [[1, 0, 1, 0, 0], [3, 3, 0, 2, 0]]
-  count = jax.jit(count_codes, static_argnums=(1, 2))
-  device = count([jax.numpy.asarray(x) for x in IDS], 5, (5, 5))
+  count = jax.jit(count_codes, static_argnums=1)
+  device = count([jax.numpy.asarray(x) for x in IDS], ((0, 5), (0, 5)))
   assert np.array_equal(device, usage.counts)
   assert np.array_equal(over_levels(device, 5), usage.overall)
   assert usage.at_level(1).tolist() == [3, 3, 0, 2, 0] and usage.tokens == 10
@@ -47,7 +47,7 @@ def test_levels_with_codes_of_their_own():
   ids = [np.array([0, 1, 0]), np.array([2, 2])]
   usage = CodebookUsage.count(ids, 6, (2, 4)).merge(CodebookUsage.empty(6, (2, 4)))
   assert [x.tolist() for x in usage.counts] == [[2, 1], [2, 0, 0, 0]]
-  device = count_codes([jax.numpy.asarray(x) for x in ids], 6, (2, 4))
+  device = count_codes([jax.numpy.asarray(x) for x in ids], ((0, 2), (2, 6)))
   assert over_levels(device, 6).tolist() == usage.overall.tolist() == [2, 1, 2, 0, 0, 0]
   assert usage.at_level(1).tolist() == [0, 0, 2, 0, 0, 0]
   assert usage.level_utilization.tolist() == [1, 0.25]
