@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--workdir", type=cli.path, help="folder of all runs (runs/CONFIG[_ARGUMENT])")
   p.add_argument("--tables", metavar="NAME,...", help="run what these tables show (all)")
-  p.add_argument("--seeds", metavar="N,...", help="instead of the config's")
+  seed = cli.integer(0, 2**32 - 1)
+  p.add_argument("--seeds", type=cli.several(seed), metavar="N,...", help="instead of the config's")
   p.add_argument("--no-training", action="store_true", help="write the tables of what is there")
   return p
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
   ablation = config.freeze(AblationConfig, args.config)
   check_columns(ablation)
   workdir = args.workdir or cli.default_workdir(args.config_spec)
-  tables, seeds = _tables(args.tables, ablation), _seeds(args.seeds, ablation)
+  tables, seeds = _tables(args.tables, ablation), args.seeds or ablation.seeds
   rows = dict.fromkeys(x.row for t in tables for x in ablation.tables[t].lines if x.row)
   chosen = [(row, seed) for seed in seeds for row in rows]
   every = [
@@ -111,12 +112,6 @@ def _tables(text: str | None, ablation: AblationConfig) -> list[str]:
       known = ", ".join(ablation.tables)
       raise cli.UsageError(f"--tables {text}: no table {name!r}; there are {known}")
   return names
-
-
-def _seeds(text: str | None, ablation: AblationConfig) -> list[int]:
-  """The seeds of `--seeds`. Raises UsageError unless they are whole numbers."""
-  seed = cli.integer(0, 2**32 - 1)
-  return list(ablation.seeds) if text is None else [seed(x) for x in text.split(",")]
 
 
 def _settings(ablation: AblationConfig, row: str, seed: int) -> TrainConfig:

@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -153,6 +153,14 @@ def number(least: int | float, most: int | float = math.inf) -> Callable[[str], 
     return value
 
   return parse
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+  """Values of a `kind` with commas between, for argparse's `type`."""
+  return lambda text: tuple(kind(x) for x in text.split(","))
+
+
+SIDES = several(integer(1, 2**15))  # of the levels' grids, `--patch-sizes`
 
 
 def load_config(

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument(
     "--patch-sizes",
-    type=_sides,
+    type=cli.SIDES,
     default=(),
     metavar="P,...",
     help="of --method coda, sides of the levels' grids; by default the paper's for these latents",
@@ -80,12 +80,6 @@ def parser() -> argparse.ArgumentParser:
     "--batch-size", type=cli.integer(1), default=8, metavar="B", help="images at a time (8)"
   )
   return p
-
-
-def _sides(text: str) -> tuple[int, ...]:
-  """Sides of grids of `--patch-sizes`."""
-  side = cli.integer(1, 2**15)
-  return tuple(side(x) for x in text.split(","))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,13 +7,6 @@ from coda_jax import cli
 from .api import convert, resize, to_torch
 
 
-def sizes(text: str) -> tuple[int, ...]:
-  try:
-    return tuple(int(n) for n in text.split(","))
-  except ValueError as e:
-    raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes such as 1,2,4") from e
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog=f"python -m {__package__}", description=__doc__)
   layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
@@ -59,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
   for sub in codas:
     sub.add_argument(
-      "--patch-sizes", type=sizes, metavar="1,2,...", help="else those of the paper's config"
+      "--patch-sizes", type=cli.SIDES, metavar="1,2,...", help="else those of the paper's config"
     )
     sub.add_argument("--image-size", type=int, help="side of the training images; 256")
   sub = add(
