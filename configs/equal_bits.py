@@ -5,9 +5,15 @@
 `coda_jax.discretize` made of the same VAE: demo/free_6800 and demo/free_3400, and with `--method
 coda` demo/data_6800 and demo/data_3400 (`--patch-sizes 2,4,8,16`).
 `--config.base.KEY=...` changes every row, as `--config.base.steps=1500`.
+
+`configs/equal_bits.py:photos` has the rows that matter there at as many bits a pixel, on 256x256
+crops of whole photos with the better embedded VAE: demo/photo_vae, demo/free_108800,
+demo/data_108800 and so on, demo/whole (`tools.make_photos --whole`).
 """
 
+import dataclasses
 import pathlib
+import re
 
 from coda_jax import cli
 from coda_jax import config as c
@@ -16,6 +22,8 @@ from coda_jax.errors import UserError
 from coda_jax.models.quantizer import MAR_PATCH_SIZES
 
 LEVELS = {6800: MAR_PATCH_SIZES, 3400: (2, 4, 8, 16)}
+# 16 times the bits for 16 times the pixels.
+LEVELS |= {16 * bits: tuple(4 * p for p in sides) for bits, sides in LEVELS.items()}
 # Label and changes to the quantizer.
 LOOKUPS = {
   "attention": ("attention (CODA)", {}),
@@ -34,6 +42,17 @@ ROTATION = {
 }
 # Learning rates / that of the config: codes that come from data need small steps.
 FROM_DATA = ((r"^vae\.", 0.3), (r"^quantizer\.", 0.1))
+# Changes to the demo's config for 256x256 crops.
+PHOTOS = {
+  "tokenizer": {"vae": "demo/photo_vae", "image_size": 256},
+  "data": {
+    "train": "folder:demo/whole@train",
+    "eval": "folder:demo/whole@val",
+    "batch_size": 1,
+    "resize_ratio": 1.125,
+  },
+  "eval": {"batch_size": 2},
+}
 COLUMNS = ("psnr", "ssim", "lpips", "vgg_kd", "relative_error", "codes_used")
 
 
@@ -74,9 +93,21 @@ def table_at(bits: int) -> Table:
 
 
 def get_config(arg: str = ""):
-  if arg:
-    raise UserError(f"config argument {arg!r}: there is none")
+  if arg not in ("", "photos"):
+    raise UserError(f"config argument {arg!r} is not photos")
   base = cli.load_config(str(pathlib.Path(__file__).with_name("demo.py")))
   base.update({"eval": {"every": 0}})
-  rows = {name: row for bits in LEVELS for name, row in rows_at(bits).items()}
-  return c.config_dict(c.AblationConfig(base, rows, {str(b): table_at(b) for b in LEVELS}))
+  bits = (6800, 3400)
+  if arg == "photos":
+    bits = (108_800, 54_400)
+    base.update(PHOTOS)
+  rows = {name: row for b in bits for name, row in rows_at(b).items()}
+  tables = {str(b): table_at(b) for b in bits}
+  if arg == "photos":
+    kept = re.compile(r"(attention_lora|rotation_lora|data|data_lora|free|free_.*)_\d+|")
+    rows = {name: row for name, row in rows.items() if kept.fullmatch(name)}
+    tables = {
+      name: dataclasses.replace(t, lines=tuple(x for x in t.lines if kept.fullmatch(x.row)))
+      for name, t in tables.items()
+    }
+  return c.config_dict(c.AblationConfig(base, rows, tables))

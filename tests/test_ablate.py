@@ -1,6 +1,7 @@
 """The command: rows train once, what is there stays, rows that fail are named; bad input."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -178,12 +179,16 @@ def test_the_papers_ablations(arg, codes):
     cli.load_config("configs/ablation.py:flux")
 
 
-def test_equal_bits(tmp_path, monkeypatch):
-  values = cli.load_config("configs/equal_bits.py")
+@pytest.mark.parametrize(
+  ("arg", "every_bits", "size"), [("", (6800, 3400), 64), (":photos", (108_800, 54_400), 256)]
+)
+def test_equal_bits(tmp_path, monkeypatch, arg, every_bits, size):
+  values = cli.load_config(f"configs/equal_bits.py{arg}")
   monkeypatch.chdir(tmp_path)
-  vae, quantizer = VAEConfig(ch_mult=(1, 1, 2)), QuantizerConfig(1024, (1, 16))
-  shape = dataclasses.asdict(TokenizerConfig(vae, quantizer, image_size=64))
-  for name in ("free_6800", "free_3400", "data_6800", "data_3400"):
+  vae, quantizer = VAEConfig(ch_mult=(1, 1, 2)), QuantizerConfig(1024, (1, size // 4))
+  shape = dataclasses.asdict(TokenizerConfig(vae, quantizer, image_size=size))
+  for start, bits in itertools.product(("free", "data"), every_bits):
+    name = f"{start}_{bits}"
     (tmp_path / "demo" / name).mkdir(parents=True)
     fields = {"format_version": 1, "kind": "tokenizer", "fingerprint": "", **shape}
     (tmp_path / "demo" / name / "config.json").write_text(json.dumps(fields))
@@ -192,6 +197,7 @@ def test_equal_bits(tmp_path, monkeypatch):
   settings = {row: ablate._settings(ablation, row, 3).tokenizer for row in ablation.rows}
   assert {line.row for table in ablation.tables.values() for line in table.lines} == {"", *settings}
   for row, tokenizer in settings.items():
+    assert tokenizer.image_size == size
     bits = int(row.rpartition("_")[2])
     if (start := row.partition("_")[0]) in ("free", "data"):
       assert tokenizer.start == f"demo/{start}_{bits}" and tokenizer.lora

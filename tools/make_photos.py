@@ -4,6 +4,9 @@
   pip download --no-deps scikit-image==0.26.0 scikit-learn==1.9.1
   python -m tools.make_photos --packages FOLDER_WITH_THE_FOUR_FILES
 
+With `--whole FOLDER` it writes the photos whole into FOLDER/train and FOLDER/val instead, those
+whose shorter side is over `--short` scaled down to it: a folder to train on larger crops.
+
 Captions were written by hand, three a file, and stand in `metadata.csv` of each split.
 `tools/photos.csv` says which photos are taken, under which licence, and into which split: all of
 a photo's crops are in one split. Of gcompris's photos only those are listed whose licence its own
@@ -193,12 +196,29 @@ def attribution(photos: list[Photo]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def write_whole(packages: pathlib.Path, output: pathlib.Path, short: int) -> int:
+  """Writes OUTPUT/SPLIT/SUBJECT/PHOTO.webp of every photo; returns how many there are."""
+  count = 0
+  for count, (photo, image) in enumerate(load_photos(packages, read_table()), 1):
+    folder = output / photo.split / photo.subject
+    folder.mkdir(parents=True, exist_ok=True)
+    scaled = shrink(image, short) if min(image.size) > short else image
+    scaled.save(folder / f"{photo.photo}.webp", lossless=True, quality=50, method=2)
+  return count
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--packages", type=pathlib.Path, required=True)
-  packages = parser.parse_args().packages
+  parser.add_argument("--whole", type=pathlib.Path, metavar="FOLDER", help="write whole photos")
+  parser.add_argument("--short", type=int, default=512, help="of --whole (512 pixels)")
+  args = parser.parse_args()
+  packages = args.packages
+  if args.whole:
+    print(f"{write_whole(packages, args.whole, args.short)} photos in {args.whole}")
+    return
   photos = read_table()
   for folder in PHOTOS.glob("*/*"):  # captions stay: `metadata.csv` of each split
     if folder.is_dir():
