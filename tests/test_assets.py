@@ -17,8 +17,8 @@ from tools import make_photos
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 FILES = sorted((ASSETS / "photos").glob("*/*/*"))
 VAE, TOKENIZER = ASSETS / "demo_vae", ASSETS / "demo_tokenizer"
-PSNR_FLOOR = 26.0  # dB, of the VAE
-TOKENIZER_FLOOR = 24.5
+PSNR_FLOOR = 33.0  # dB, of the VAE
+TOKENIZER_FLOOR = 26.5
 LICENCES = {"public domain", "CC0 1.0", "CC BY 2.0", "CC BY 3.0", "CC BY 4.0"}
 
 
