@@ -198,13 +198,13 @@ def attribution(photos: list[Photo]) -> str:
 
 def write_whole(packages: pathlib.Path, output: pathlib.Path, short: int) -> int:
   """Writes OUTPUT/SPLIT/SUBJECT/PHOTO.webp of every photo; returns how many there are."""
-  count = 0
-  for count, (photo, image) in enumerate(load_photos(packages, read_table()), 1):
+  photos = read_table()
+  for photo, image in load_photos(packages, photos):
     folder = output / photo.split / photo.subject
     folder.mkdir(parents=True, exist_ok=True)
     scaled = shrink(image, short) if min(image.size) > short else image
     scaled.save(folder / f"{photo.photo}.webp", lossless=True, quality=50, method=2)
-  return count
+  return len(photos)
 
 
 def main() -> None:
