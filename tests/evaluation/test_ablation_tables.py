@@ -76,6 +76,9 @@ def test_markdown_and_json():
   assert "| huge | – | – | 0 | 23.00 |" in lines
   (order,) = (x for x in lines if x.startswith("- PSNR"))
   assert "1 of 3 pairs in the paper's order; unclear: small < large, middle < large." in order
+  many = {f"row{i}": [0, 1] for i in range(20)}
+  first = ablation_tables.as_markdown(ABLATION, MEASURES, many).splitlines()[0]
+  assert first == "Not there yet: 40 runs of 20 rows (all in tables.json)."
   found = json.loads(json.dumps(ablation_tables.as_json(ABLATION, MEASURES, missing)))
   assert found["rows"]["small"]["changes"] == {"tokenizer.lora": None}
   assert found["rows"]["small"]["runs"]["1"] == {"psnr": 20.0}
