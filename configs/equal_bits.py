@@ -7,8 +7,9 @@ coda` demo/data_6800 and demo/data_3400 (`--patch-sizes 2,4,8,16`).
 `--config.base.KEY=...` changes every row, as `--config.base.steps=1500`.
 
 `configs/equal_bits.py:photos` has the rows that matter there at as many bits a pixel, on 256x256
-crops of whole photos with the better embedded VAE: demo/photo_vae, demo/free_108800,
-demo/data_108800 and so on, demo/whole (`tools.make_photos --whole`).
+crops of the whole photos that `python -m tools.make_photos --packages FOLDER --whole demo/whole`
+writes. The starts are demo/free_108800, demo/data_108800 (`--patch-sizes
+4,8,12,16,20,24,32,40,52,64`), demo/free_54400 and demo/data_54400 (`--patch-sizes 8,16,32,64`).
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ ROTATION = {
 FROM_DATA = ((r"^vae\.", 0.3), (r"^quantizer\.", 0.1))
 # Changes to the demo's config for 256x256 crops.
 PHOTOS = {
-  "tokenizer": {"vae": "demo/photo_vae", "image_size": 256},
+  "tokenizer": {"image_size": 256},
   "data": {
     "train": "folder:demo/whole@train",
     "eval": "folder:demo/whole@val",
@@ -104,6 +105,7 @@ def get_config(arg: str = ""):
   rows = {name: row for b in bits for name, row in rows_at(b).items()}
   tables = {str(b): table_at(b) for b in bits}
   if arg == "photos":
+    # The rows that lead at 64x64, and the continuous VAE, whose row is "".
     kept = re.compile(r"(attention_lora|rotation_lora|data|data_lora|free|free_.*)_\d+|")
     rows = {name: row for name, row in rows.items() if kept.fullmatch(name)}
     tables = {
