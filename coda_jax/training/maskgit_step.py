@@ -27,8 +27,15 @@ def draw_mask(
   else:
     ratio = jnp.cos(math.pi / 2 * jax.random.uniform(ratio_key, (batch,)))
   count = jnp.clip(jnp.ceil(ratio * n), 1, n).astype(jnp.int32)
-  score = jax.random.uniform(order_key, (batch, n))
-  if settings.order == "coarse_to_fine":
+  return _mask_of(order_key, count, settings.order, levels)
+
+
+def _mask_of(
+  key: PRNGKeyArray, count: Int[Array, "b"], order: str, levels: np.ndarray
+) -> Bool[Array, "b n"]:
+  """Masks of `count` tokens of each image, random ones, or random ones of the finest levels."""
+  score = jax.random.uniform(key, (len(count), len(levels)))
+  if order == "coarse_to_fine":
     score += levels
   rank = jnp.argsort(jnp.argsort(-score, 1), 1)  # 0 is the first to be masked
   return rank < count[:, None]
@@ -71,6 +78,48 @@ def masked_loss(
   of_level = jax.nn.one_hot(c.levels, len(c.patch_sizes), dtype=jnp.float32)
   sums = jnp.einsum("kbn,nl->kl", per_token, of_level, precision="highest")
   return loss.sum() / weight.sum(), sums
+
+
+def bits_of_images(
+  model: MaskGIT,
+  ids: Integer[Array, "b n"],
+  condition: Int[Array, "b"] | Float[Array, "b t e"],
+  key: PRNGKeyArray,
+  order: str,
+) -> Float[Array, "b"]:
+  """One draw of the bits that the model needs to say each image's tokens.
+
+  Its mean over draws is the mean of -log2 p over the orders in which tokens may be revealed one at
+  a time, and so an upper bound of -log2 p(tokens): N times the loss of a token that may come next,
+  behind a random number of known ones (Hoogeboom et al., arXiv 2110.02037, section 2). It compares
+  generators of different tokens, and of different ways of masking in training.
+
+  Args:
+    ids: codes of all levels.
+    condition: what `model.condition` takes.
+    order: "uniform": every order of all tokens; "coarse_to_fine": those that finish a level before
+      the next one.
+  """
+  levels, n = model.config.levels, model.config.tokens
+  count_key, order_key = jax.random.split(key)
+  # Spread evenly over the batch: less variance, the same mean.
+  progress = (jax.random.uniform(count_key) + jnp.arange(len(ids)) / len(ids)) % 1
+  count = jnp.minimum(progress * n, n - 1).astype(jnp.int32) + 1
+  return _bits(model, ids, condition, _mask_of(order_key, count, order, levels), order)
+
+
+def _bits(model: MaskGIT, ids, condition, mask, order: str) -> Float[Array, "b"]:
+  """N times the mean of -log2 p over the masked tokens that may come next."""
+  c, levels = model.config, model.config.levels
+  ids = ids.astype(jnp.int32)
+  following = mask
+  if order == "coarse_to_fine":
+    coarsest = jnp.where(mask, levels, len(c.patch_sizes)).min(1, keepdims=True)
+    following = mask & (levels == coarsest)
+  hidden = model(jnp.where(mask, c.mask_id, ids), condition)
+  weights = following / following.sum(1, keepdims=True)
+  loss = _cross_entropy(model, hidden, ids, weights.astype(jnp.float32), 0.0).loss
+  return c.tokens * loss.sum(1) / math.log(2)
 
 
 def _cross_entropy(

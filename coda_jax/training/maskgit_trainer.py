@@ -17,7 +17,7 @@ from coda_jax.errors import UserError
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.training.accumulate import over_micro_batches
 from coda_jax.training.maskgit_conditions import conditions_of
-from coda_jax.training.maskgit_step import masked_loss
+from coda_jax.training.maskgit_step import bits_of_images, masked_loss
 from coda_jax.training.optimizers import averaged, descend, ema_decay, make_optimizer
 from coda_jax.training.trainer import Stream, Trainer
 
@@ -194,22 +194,24 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     )
 
   def _eval_sums(self, ema: Arrays, frozen, key: jax.Array, batch, number):
-    """Sums per level [3, levels] of the held-out batch `number`."""
+    """(sums per level [3, levels], sum of the images' bits) of the held-out batch `number`."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key), Stream.EVALUATION)
     model = arrays.merge(self._model, frozen["codes"], ema)
     key = jax.random.fold_in(key, number)
-    condition = self._condition(frozen, batch["condition"][0])
-    return masked_loss(model, batch["ids"][0], condition, key, self.config.masking)[1]
+    condition, ids = self._condition(frozen, batch["condition"][0]), batch["ids"][0]
+    bits = bits_of_images(model, ids, condition, key, self.config.masking.order)
+    return masked_loss(model, ids, condition, key, self.config.masking)[1], bits.sum()
 
   def metric_names(self) -> list[str]:
     """See `Trainer`."""
     levels = range(1, len(self.model_config.patch_sizes) + 1)
     names = [f"{name}/level_{i}" for name in ("level_loss", "level_accuracy") for i in levels]
-    return ["loss", "accuracy", *names] if self.eval_tokens is not None else []
+    return ["loss", "accuracy", "bits", *names] if self.eval_tokens is not None else []
 
   def evaluate(self, state: GeneratorState) -> dict[str, float]:
-    """Losses (without smoothing) and accuracy of the averaged weights on held-out tokens.
+    """Losses (without smoothing), accuracy and bits of the averaged weights on held-out tokens.
 
+    `bits` is of an image; see `maskgit_step.bits_of_images`.
     Whole batches: of a set that they do not divide, the first images of the next pass fill up.
     """
     if self.eval_tokens is None:
@@ -217,16 +219,18 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
     size = self.config.eval.batch_size
     images = min(self.config.eval.images or len(self.eval_tokens), len(self.eval_tokens))
     batches = sharding.GlobalBatches(self._batches_of(self.eval_tokens, size, 0), self.mesh)
-    total = np.zeros((3, len(self.model_config.patch_sizes)))
-    for i in self.checked(range(-(-images // size))):
-      sums = self._evaluate(state.ema, self._frozen, self._key, next(batches), np.uint32(i))
+    total, bits, passes = np.zeros((3, len(self.model_config.patch_sizes))), 0.0, -(-images // size)
+    for i in self.checked(range(passes)):
+      sums, b = self._evaluate(state.ema, self._frozen, self._key, next(batches), np.uint32(i))
       total += np.asarray(sums, np.float64)
+      bits += float(b)
     batches.close()
     count, loss, correct = total
     seen = np.maximum(count, 1)
     return {
       "loss": float(loss.sum() / count.sum()),
       "accuracy": float(correct.sum() / count.sum()),
+      "bits": bits / (passes * size),
     } | {
       f"{name}/level_{i}": float(x)
       for name, values in (("level_loss", loss / seen), ("level_accuracy", correct / seen))

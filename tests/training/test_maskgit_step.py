@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from flax import nnx
 from coda_jax import config as c
 from coda_jax.models.conditions import TextShape
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
-from coda_jax.training.maskgit_step import draw_mask, masked_loss
+from coda_jax.training.maskgit_step import _bits, bits_of_images, draw_mask, masked_loss
 from tests.conftest import assert_close
 
 
@@ -64,6 +66,36 @@ def test_levels_with_codes_of_their_own():
 
   loss, wanted = run(model)
   assert_close(loss, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("order", ["uniform", "coarse_to_fine"])
+def test_bits_of_images(order):
+  """Their mean is that of -log2 p over all orders of revealing one token after the other."""
+  m = MaskGITConfig(16, 0, 1, 2, (1, 2), 7, embedding="table", level_codes=(3, 4))
+  model = MaskGIT(m, rngs=nnx.Rngs(0))
+  model.embedding.embedding[...] *= 50  # else what is known hardly matters
+  model.bias[...] = jnp.arange(7.0)
+  ids = jnp.array([[1, 3, 6, 4, 5]])
+  # -log2 p of every token behind every set of known ones
+  known = np.array([*itertools.product((False, True), repeat=5)])
+  theirs = m.levels[:, None] != m.level_of_code
+  logits = model.logits(model(jnp.where(known, ids, m.mask_id), jnp.zeros(len(known), jnp.int32)))
+  table = -nnx.log_softmax(jnp.where(theirs, -jnp.inf, logits))[:, np.arange(5), ids[0]]
+  cost = {tuple(k): np.asarray(row) / np.log(2) for k, row in zip(known, table, strict=True)}
+  orders = [
+    o
+    for o in itertools.permutations(range(5))
+    if order == "uniform" or m.levels[[*o]].argmin() == 0
+  ]
+  assert len(orders) == (120 if order == "uniform" else 24)
+  wanted = np.mean(
+    [sum(cost[tuple(i in o[:n] for i in range(5))][o[n]] for n in range(5)) for o in orders]
+  )
+  drawn = np.array([[i in o[:n] for i in range(5)] for o in orders for n in range(5)])
+  repeated = jnp.broadcast_to(ids, drawn.shape), jnp.zeros(len(drawn), jnp.int32)
+  assert_close(_bits(model, *repeated, jnp.asarray(~drawn), order).mean(), wanted, 1e-5)
+  many = jnp.broadcast_to(ids, (4000, 5)), jnp.zeros(4000, jnp.int32)
+  assert_close(bits_of_images(model, *many, jax.random.key(0), order).mean(), wanted, 0.01)
 
 
 @pytest.mark.slow
