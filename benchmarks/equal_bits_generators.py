@@ -4,7 +4,7 @@
 
 On 64x64 drawn shapes (`tools.draw_shapes`, 8000 to train and 1000 held out), with `demo/vae` of
 `make demo`: CODA with LoRA, 300 updates from random codes; CODA from data; training-free
-(`lloyd-max`); Gaussian Quant. Each tokenizer is made of the same drawings at the same bits, its
+(`lloyd-max`), whose tokens are embedded by code values and by factors; Gaussian Quant. Each tokenizer is made of the same drawings at the same bits, its
 tokens train the same MaskGIT for as many updates, and 300 samples are compared with held-out
 drawings. `model_bits` is what the generator needs to say the tokens of a held-out drawing
 (`training.maskgit_step.bits_of_images`). Every step is a command of the package in a process of
@@ -36,6 +36,14 @@ TOKENIZERS = {
   "data": ["--method", "coda", "--patch-sizes", SIDES],
   "free": [],
   "gaussian": ["--method", "gaussian"],
+}
+# Tokenizer and `config.model.embedding`.
+GENERATORS = {
+  "coda": ("coda", "codes"),
+  "data": ("data", "codes"),
+  "free": ("free", "codes"),
+  "free_factors": ("free", "factors"),
+  "gaussian": ("gaussian", "codes"),
 }
 
 
@@ -73,11 +81,12 @@ def make_tokenizer(name: str, folder: pathlib.Path, vae: str, bits: int) -> path
 
 
 def train(name: str, folder: pathlib.Path, vae: str, bits: int, updates: int, seed: int) -> None:
-  """Makes the tokenizer `name` and the generator on its tokens, and measures both."""
-  tokenizer = make_tokenizer(name, folder, vae, bits)
+  """Makes the generator `name` and the tokenizer of its tokens, and measures both."""
+  kind, embedding = GENERATORS[name]
+  tokenizer = make_tokenizer(kind, folder, vae, bits)
   data = ["--data", f"folder:{folder / 'held_out'}@train", "--resize-ratio", 1]
   data += ["--max-images", IMAGES]
-  where = folder / name
+  where = folder / kind
   command("coda_jax.eval", "--tokenizer", tokenizer, *data, "--output", where / "reconstructions")
   for split in ("shapes", "held_out"):
     which = ["--data", f"folder:{folder / split}@train", "--resize-ratio", 1, "--batch-size", 50]
@@ -88,7 +97,7 @@ def train(name: str, folder: pathlib.Path, vae: str, bits: int, updates: int, se
     "data.train": where / "tokens" / "shapes",
     "data.eval": where / "tokens" / "held_out",
     "model.depth": 4,
-    "model.embedding": "codes",
+    "model.embedding": embedding,
     "class_dropout": 1.0,
     "ema.decay": 0.99,
     "eval.every": 200,
@@ -98,19 +107,21 @@ def train(name: str, folder: pathlib.Path, vae: str, bits: int, updates: int, se
     "seed": seed,
   }
   keys = [f"--config.{key}={value}" for key, value in keys.items()]
-  workdir = where / f"generator_{seed}"
+  workdir = where / f"generator_{embedding}_{seed}"
   command("coda_jax.train", "--config=configs/maskgit.py:demo", f"--workdir={workdir}", *keys)
   command(
     "coda_jax.eval", "--generator", workdir / "generator", *data, "--classes", "null",
     "--count", IMAGES, "--batch-size", 50, "--steps", STEPS, "--guidance", 0, "--yardsticks",
-    "--output", where / f"samples_{seed}",
+    "--output", where / f"samples_{embedding}_{seed}",
   )  # fmt: skip
 
 
 def seconds_of_samples(folder: pathlib.Path, names: list[str], seed: int) -> dict[str, float]:
   """Seconds of a sample in `STEPS` steps, the best of three batches of 16; they take turns."""
-  generators = {n: load_generator(folder / n / f"generator_{seed}" / "generator") for n in names}
-  best = {}
+  generators, best = {}, {}
+  for name in names:
+    kind, embedding = GENERATORS[name]
+    generators[name] = load_generator(folder / kind / f"generator_{embedding}_{seed}" / "generator")
   for i in range(4):  # the first compiles
     for name, generator in generators.items():
       start = time.perf_counter()
@@ -122,14 +133,15 @@ def seconds_of_samples(folder: pathlib.Path, names: list[str], seed: int) -> dic
 
 
 def results_of(folder: pathlib.Path, name: str, seed: int) -> dict:
-  """What the evaluations of a tokenizer and its generator found."""
-  where = folder / name
+  """What the evaluations of a generator and its tokenizer found."""
+  kind, embedding = GENERATORS[name]
+  where = folder / kind
   quality, samples = (
     json.loads((where / x / "results.json").read_text())
-    for x in ("reconstructions", f"samples_{seed}")
+    for x in ("reconstructions", f"samples_{embedding}_{seed}")
   )
   tokenizer = quality["entries"]["tokenizer"]
-  history = read_metrics(where / f"generator_{seed}")
+  history = read_metrics(where / f"generator_{embedding}_{seed}")
   held_out = [r for r in history if r["kind"] == "eval"]
   return {
     "tokens": tokenizer["codebook"]["tokens_per_image"],
@@ -152,14 +164,14 @@ def main() -> None:
   parser.add_argument("--bits", type=int, default=2770, help="of an image, at most")
   parser.add_argument("--updates", type=int, default=800, help="of each generator")
   parser.add_argument("--seed", type=int, default=0, help="of the generators")
-  parser.add_argument("--only", nargs="+", choices=TOKENIZERS, help="some of the tokenizers")
+  parser.add_argument("--only", nargs="+", choices=GENERATORS, help="some of them")
   args = parser.parse_args()
   folder, vae = args.output.resolve(), str(pathlib.Path(args.vae).resolve())
   for split, seed, count in (("shapes", 0, 8000), ("held_out", 1, 1000)):
     if not (folder / split).exists():
       made = ["--size", SIZE, "--seed", seed, "--train", count, "--unseen", 1]
       command("tools.draw_shapes", "--output", folder / split, *made)
-  names = args.only or list(TOKENIZERS)
+  names = args.only or list(GENERATORS)
   for name in names:
     train(name, folder, vae, args.bits, args.updates, args.seed)
   found = {name: results_of(folder, name, args.seed) for name in names}

@@ -38,7 +38,14 @@ Tok = typing.TypeVar("Tok", bound=Tokenizer)
 # Settings of training or of speed: they decide neither ids nor pixels.
 _NOT_IN_FINGERPRINT = ("beta", "entropy_temperature", "chunk_size", "gradient")
 # Fields that came later count where they are not what was so before them.
-_LATER = {"norm_patch": 0, "level_codes": [], "text": None, "fsq_levels": [], "product_heads": 2}
+_LATER = {
+  "norm_patch": 0,
+  "level_codes": [],
+  "text": None,
+  "fsq_levels": [],
+  "product_heads": 2,
+  "factor_codes": [],
+}
 
 
 def expected_shapes(make: typing.Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,8 @@ class SamplerSettings:
     temperature: of the codes that are drawn.
     choice_temperature: of the noise on the confidence; it falls to 0 with the last step.
     top_k: draw from the k likeliest codes (and those as likely as the last of them).
-    top_p: draw from the likeliest codes that together have this probability.
+    top_p: draw from the likeliest codes that together have this probability. Of a model with
+      embedding "factors" both are of each factor's codes.
     guidance: w above; 0 is without, and needs no run of the null condition.
     guidance_ramp: w grows over the steps from 0 to `guidance` ("linear", "cosine") or is
       "constant".
@@ -144,10 +145,10 @@ def form_of(
 ) -> Form:
   """The form of the loop for a batch that is split over `devices`; see `sample`."""
   if chunk_size is None:
-    chunk_size = _ELEMENTS * devices // (batch * config.codebook_size)
+    chunk_size = _ELEMENTS * devices // (batch * config.outputs)
   return Form(
     coarse_to_fine=settings.order == "coarse_to_fine",
-    top_k=settings.top_k and min(settings.top_k, config.codebook_size),
+    top_k=settings.top_k and min(settings.top_k, config.outputs),
     nucleus=settings.top_p is not None,
     guided=settings.guidance > 0,
     keep_steps=keep_steps,
@@ -247,8 +248,18 @@ def loop(
 
   def draw(x, hidden, uniform, level):
     s = jnp.matmul(hidden.astype(table.dtype), table.T, preferred_element_type=jnp.float32) + bias
+    if config.factors is not None:
+      drawn = [
+        draw_of(x, logits, uniform[..., k])
+        for k, logits in enumerate(config.factors.logits(s, level))
+      ]
+      digits, log_p = zip(*drawn, strict=True)
+      return config.factors.ids([*digits], level), functools.reduce(jnp.add, log_p)
     if config.level_codes:  # those of other levels do not exist here
       s = jnp.where(level[..., None] == config.level_of_code, s, -jnp.inf)
+    return draw_of(x, s, uniform[..., 0])
+
+  def draw_of(x, s, uniform):
     filtered = _filtered(s / x.temperature, form.top_k, x.top_p if form.nucleus else None)
     codes = _draw(filtered, uniform)
     chosen = jnp.take_along_axis(s, codes[..., None], -1)[..., 0]
@@ -262,7 +273,8 @@ def loop(
     end = jnp.take_along_axis(jnp.sort(group, 1), jnp.maximum(count - 1, 0)[:, None], 1)
     wanted = masked & (group <= end) & (count > 0)[:, None]
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, x.number)
-    uniform, gumbel = jax.vmap(lambda k: _noise(k, ids.shape[1]))(step_keys)
+    numbers = 1 if config.factors is None else config.factors.count  # of a token
+    uniform, gumbel = jax.vmap(lambda k: _noise(k, ids.shape[1], numbers))(step_keys)
     hidden = run(ids, x.guidance)
     level = jnp.broadcast_to(levels, ids.shape)
     codes, confidence = _over_wanted(
@@ -280,9 +292,9 @@ def loop(
 _compiled = jit_module(loop)
 
 
-def _noise(key, n: int):
+def _noise(key, n: int, numbers: int):
   uniform, gumbel = jax.random.split(key)
-  return jax.random.uniform(uniform, (n,)), jax.random.gumbel(gumbel, (n,))
+  return jax.random.uniform(uniform, (n, numbers)), jax.random.gumbel(gumbel, (n,))
 
 
 def _over_wanted(draw, inputs, wanted, chunk: int):
@@ -312,7 +324,8 @@ def _over_wanted(draw, inputs, wanted, chunk: int):
 def _filtered(s: Float[Array, "*b v"], top_k, top_p) -> Float[Array, "*b v"]:
   """Logits with those outside of top-k and then top-p at −inf; None leaves all."""
   if top_k is not None:
-    s = jnp.where(s >= jax.lax.top_k(s, top_k)[0][..., -1:], s, -jnp.inf)
+    least = jax.lax.top_k(s, min(top_k, s.shape[-1]))[0][..., -1:]
+    s = jnp.where(s >= least, s, -jnp.inf)
   if top_p is not None:
     p = jax.nn.softmax(s, -1)
     down = -jnp.sort(-p, -1)

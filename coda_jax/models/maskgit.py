@@ -6,6 +6,7 @@ condition. Blocks of the first half hand their output to those of the second (U-
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from coda_jax.errors import UserError
 from coda_jax.models.conditions import ClassCondition, TextCondition, TextShape
+from coda_jax.models.token_factors import TokenFactors
 from coda_jax.ops.attention import IMPLEMENTATIONS, attention
 
-_EMBEDDINGS = ("codes", "table")
+_EMBEDDINGS = ("codes", "table", "factors")
 _normal = nnx.initializers.normal(0.02)
 
 
@@ -33,12 +35,13 @@ class MaskGITConfig:
     codebook_size: codes V of the tokenizer.
     code_dim: channels of a code's value.
     embedding: "codes" makes embeddings and output table from the tokenizer's code values, "table"
-      learns one table for both.
+      learns one table for both, "factors" one of the codes' factors (`models.token_factors`).
     mlp_ratio: inner width of a block's MLP / width.
     attention: "cudnn", "xla", "per_head" or None; see `ops.attention`.
     level_codes: codes of each level, if every level has its own, one after the other; () if all
       levels share codes.
     text: shape of a text's embedding, for a model of texts.
+    factor_codes: for embedding "factors", codes of each factor of the tokens, level after level.
   """
 
   width: int
@@ -53,6 +56,7 @@ class MaskGITConfig:
   attention: str | None = None
   level_codes: tuple[int, ...] = ()
   text: TextShape | None = None
+  factor_codes: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.depth < 0 or self.depth % 2:
@@ -60,7 +64,13 @@ class MaskGITConfig:
     if self.heads < 1 or self.width < 1 or self.width % self.heads:
       raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}")
     if self.embedding not in _EMBEDDINGS:
-      raise UserError(f"model.embedding is {self.embedding!r}; it is one of codes, table")
+      known = ", ".join(_EMBEDDINGS)
+      raise UserError(f"model.embedding is {self.embedding!r}; it is one of {known}")
+    if self.embedding == "factors" and not self.factor_codes:
+      raise UserError(
+        "model.embedding is 'factors', but the tokens' codes have none; tokenizers of"
+        " `coda_jax.discretize` have, but for --method coda"
+      )
     if self.attention not in IMPLEMENTATIONS:
       raise UserError(f"model.attention is {self.attention!r}; it is one of {IMPLEMENTATIONS}")
     if self.num_classes < 0 or self.codebook_size < 1 or not self.patch_sizes:
@@ -78,6 +88,18 @@ class MaskGITConfig:
     """int32 [N], the level, from 0, of each position."""
     sizes = [p * p for p in self.patch_sizes]
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+  @functools.cached_property
+  def factors(self) -> TokenFactors | None:
+    """The layout of the tokens' factors, for embedding "factors"."""
+    if self.embedding != "factors":
+      return None
+    return TokenFactors(self.patch_sizes, self.level_codes, self.factor_codes)
+
+  @property
+  def outputs(self) -> int:
+    """Logits of a token: rows of the output table."""
+    return self.codebook_size if self.factors is None else self.factors.rows
 
   @property
   def level_of_code(self) -> np.ndarray:
@@ -197,6 +219,26 @@ class TableEmbedding(nnx.Module):
     return self.embedding[...].astype(self.dtype)
 
 
+class FactorEmbedding(nnx.Module):
+  """One learned table of the factors' codes: a code's embedding is the sum of its digits' rows."""
+
+  def __init__(self, config: MaskGITConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+    assert config.factors is not None
+    self.dtype, self.config = dtype, config
+    self.digits = nnx.Param(_normal(rngs.params(), (config.outputs, config.width)))
+    self.mask = nnx.Param(_normal(rngs.params(), (config.width,)))
+
+  def __call__(self, ids: Int[Array, "b n"]) -> Float[Array, "b n c"]:
+    """Float32 embeddings of whole images; id V is the mask."""
+    assert self.config.factors is not None
+    masked = (ids == self.config.mask_id)[..., None]
+    return jnp.where(masked, self.mask[...], self.config.factors.embed(self.digits[...], ids))
+
+  def table(self) -> Float[Array, "rows c"]:
+    """Output table, of the factors' codes."""
+    return self.digits[...].astype(self.dtype)
+
+
 class MaskGIT(nnx.Module):
   """Predicts tokens from those that are not masked, and from a condition.
 
@@ -221,8 +263,10 @@ class MaskGIT(nnx.Module):
     width = config.width
     if config.embedding == "codes":
       self.embedding = CodeEmbedding(config, dtype, rngs, codes)
-    else:
+    elif config.embedding == "table":
       self.embedding = TableEmbedding(config, dtype, rngs)
+    else:
+      self.embedding = FactorEmbedding(config, dtype, rngs)
     if config.text:
       self.condition = TextCondition(config.text, width, dtype, rngs)
     else:
@@ -239,7 +283,7 @@ class MaskGIT(nnx.Module):
     self.head1 = _linear(width, 2 * width, dtype, rngs)
     self.head2 = _linear(2 * width, width, dtype, rngs)
     self.head_norm = _layer_norm(width, rngs)
-    self.bias = nnx.Param(jnp.zeros(config.codebook_size))
+    self.bias = nnx.Param(jnp.zeros(config.outputs))
 
   def set_codes(self, values: Float[Array, "v c"]) -> None:
     """Sets the code values of embedding "codes"; does nothing for "table".
@@ -280,7 +324,7 @@ class MaskGIT(nnx.Module):
     return self.head_norm(self.head2(nnx.gelu(self.head1(x)))).astype(self.dtype)
 
   def output_table(self) -> tuple[Float[Array, "v d"], Float[Array, "v"]]:
-    """(table, bias): logits are hidden tableᵀ + bias."""
+    """(table, bias): logits are hidden tableᵀ + bias, of codes or of `config.factors`' rows."""
     return self.embedding.table(), self.bias[...]
 
   def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:

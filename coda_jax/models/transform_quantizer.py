@@ -23,6 +23,7 @@ from coda_jax.models.inputs import check_latents
 from coda_jax.models.lookup_base import GRADIENTS
 from coda_jax.models.lookups import EuclideanLookup, rotated
 from coda_jax.models.quantizer import QuantizerOutput
+from coda_jax.models.token_factors import factors_by_level
 from coda_jax.models.token_grids import TokenGrids
 from coda_jax.ops.codebook_lookup import euclidean_lookup
 
@@ -95,15 +96,13 @@ class TransformConfig(TokenGrids):
   @property
   def levels(self) -> list[list[Factor]]:
     """The factors of each level."""
-    out, index, first = [], 0, 0
-    for codes in self.level_codes:
-      level, product = [], 1
-      while product < codes and index < len(self.factor_codes):
-        n, m = self.factor_codes[index], self.factor_dims[index]
-        level.append(Factor(index, slice(first, first + m), n))
-        product, index, first = product * n, index + 1, first + m
-      out.append(level)
-    return out
+    ends = list(itertools.accumulate(self.factor_dims))
+    slices = map(slice, [0, *ends], ends)
+    numbers = itertools.count()
+    return [
+      [Factor(next(numbers), next(slices), codes) for codes in level]
+      for level in factors_by_level(self.level_codes, self.factor_codes)
+    ]
 
   @property
   def codes_by_level(self) -> tuple[int, ...]:

@@ -132,6 +132,9 @@ def _cross_entropy(
   """Of each token, among all codes, or among those of its level if levels have their own."""
   c = model.config
   table, bias = model.output_table()
+  if c.factors is not None:
+    how = {"weights": weights, "label_smoothing": label_smoothing}
+    return c.factors.cross_entropy(hidden, table, bias, ids, **how)
   found = []
   token = code = 0
   for n, v in zip(

@@ -93,6 +93,7 @@ class MaskGITTrainer(Trainer[GeneratorState, dict[str, jax.Array]]):
       attention=m.attention,
       level_codes=tuple(q.get("level_codes", ())),
       text=self.conditions.text,
+      factor_codes=tuple(q.get("factor_codes", ())) if m.embedding == "factors" else (),
     )
     model = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
     self._model, *_ = arrays.split(model, nnx.Param, ...)
