@@ -4,12 +4,12 @@
 
 On 64x64 drawn shapes (`tools.draw_shapes`, 8000 to train and 1000 held out), with `demo/vae` of
 `make demo`: CODA with LoRA, 300 updates from random codes; CODA from data; training-free
-(`lloyd-max`), whose tokens are embedded by code values and by factors; Gaussian Quant. Each tokenizer is made of the same drawings at the same bits, its
-tokens train the same MaskGIT for as many updates, and 300 samples are compared with held-out
-drawings. `model_bits` is what the generator needs to say the tokens of a held-out drawing
-(`training.maskgit_step.bits_of_images`). Every step is a command of the package in a process of
-its own; the same call continues a run that was stopped. The last line is JSON; FOLDER/results.json
-has it too.
+(`lloyd-max`), whose codes are embedded by their values or by their factors; Gaussian Quant. Each
+tokenizer is made of the same drawings at the same bits, its tokens train the same MaskGIT for as
+many updates, and 300 samples are compared with held-out drawings. `model_bits` is what the
+generator needs to say the tokens of a held-out drawing (`training.maskgit_step.bits_of_images`).
+Every step is a command of the package in a process of its own; the same call continues a run that
+was stopped. The last line is JSON; FOLDER/results.json has it too.
 """
 
 import argparse
