@@ -9,14 +9,18 @@ from flax import nnx
 from PIL import Image
 
 import coda_jax
-from coda_jax import cli, discretize, pretrained, tokenize_dataset, visualize, weights
+from coda_jax import cli, discretize, pretrained, sharding, tokenize_dataset, visualize, weights
+from coda_jax import config as c
 from coda_jax import eval as evaluation
 from coda_jax.cards import FILE
 from coda_jax.data.tokens import TokenSource
 from coda_jax.errors import UserError
-from coda_jax.generation.generator import Generator
+from coda_jax.generation.generator import Generator, load_generator
 from coda_jax.models.maskgit import MaskGIT, MaskGITConfig
 from coda_jax.models.vae import AutoencoderKL
+from coda_jax.training import loop
+from coda_jax.training.logging import read_metrics
+from coda_jax.training.maskgit_trainer import MaskGITTrainer
 from convert import api as convert
 from tests import tiny
 
@@ -131,7 +135,8 @@ def test_commands_take_it(folder, tokenizer, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_generator_draws_ids_of_each_level(tokenizer):
+@pytest.mark.parametrize("embedding", ["codes", "factors"])
+def test_a_generator_draws_ids_of_each_level(tokenizer, embedding):
   q = tokenizer.config.quantizer
   config = MaskGITConfig(
     width=16,
@@ -141,7 +146,9 @@ def test_a_generator_draws_ids_of_each_level(tokenizer):
     patch_sizes=q.patch_sizes,
     codebook_size=q.codebook_size,
     code_dim=q.code_dim,
+    embedding=embedding,
     level_codes=q.level_codes,
+    factor_codes=q.factor_codes,
   )
   codes = jax.jit(lambda: tokenizer.quantizer.embedding_values())()
   model = nnx.jit(lambda: MaskGIT(config, codes=codes, rngs=nnx.Rngs(0)))()
@@ -170,3 +177,29 @@ def test_what_it_refuses(folder, tmp_path):
   with pytest.raises(UserError, match="exists"):
     run(folder, "--output", folder / "tokenizer")
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_generator_of_factors_trains_and_loads(folder, tmp_path):
+  words = ["--tokenizer", folder / "tokenizer", "--data", f"folder:{folder}/photos@train"]
+  words += ["--output", tmp_path / "tokens", "--batch-size", "8"]
+  tokenize_dataset.run(tokenize_dataset.parser().parse_args(list(map(str, words))))
+  data = c.TokenDataSettings(
+    str(folder / "tokenizer"), *[str(tmp_path / "tokens")] * 2, batch_size=8
+  )
+  settings = c.MaskGITTrainConfig(
+    data=data,
+    model=c.MaskGITSettings(width=16, depth=2, heads=2, embedding="factors"),
+    steps=2,
+    dtype="float32",
+    eval=c.EvalSettings(batch_size=8, lpips=False),
+    logging=c.LoggingSettings(tensorboard=False),
+  )
+  trainer = MaskGITTrainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+  assert loop.run(trainer, tmp_path / "run", settings.checkpoint, settings.logging, {})
+  q = trainer.model_config
+  untrained = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "eval"][0]["bits"]
+  assert 0.9 < untrained / coda_jax.load_tokenizer(folder / "tokenizer").bits_per_image < 1.1
+  generator = load_generator(tmp_path / "run" / "generator")
+  assert generator.config == q and len(generator.config.factor_codes) > len(q.patch_sizes)
+  assert generator.generate([0, 1], steps=2).shape == (2, 16, 16, 3)

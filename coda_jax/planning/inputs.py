@@ -30,7 +30,7 @@ DEMO_VAE = VAEConfig(
   encoder_blocks=1,
   decoder_blocks=1,
   encoder_attn=(2,),
-  scale=0.9111,
+  scale=0.8525,
   norm_groups=8,
 )
 _VAES = {

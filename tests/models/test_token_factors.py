@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +153,30 @@ def test_top_k_is_of_a_factor():
   digits = np.asarray(CONFIG.factors.digits(jnp.asarray(ids)))
   assert (ids >= np.repeat([0, 12, 17], 4)).all() and (ids < np.repeat([12, 17, 25], 4)).all()
   assert len(np.unique(digits[:, :4, 1])) > 1
+
+
+def test_nothing_is_as_large_as_the_codes():
+  """16 x 16 x 16 x 16 codes a token: neither weights nor logits of all of them."""
+  config = dataclasses.replace(
+    CONFIG, codebook_size=3 * 2**16, level_codes=(2**16,) * 3, factor_codes=(16,) * 12
+  )
+  graphdef, shapes = arrays.split(nnx.eval_shape(lambda: MaskGIT(config, rngs=nnx.Rngs(0))))
+  assert max(x.size for x in shapes.values()) < 2**12
+
+  @jax.jit
+  def run(flat):
+    model, key = arrays.merge(graphdef, flat), jax.random.key(0)
+    ids, classes = jnp.full((8, 12), config.mask_id), jnp.zeros(8, jnp.int32)
+    loss = lambda flat: masked_loss(
+      arrays.merge(graphdef, flat), ids, classes, key, c.MaskingSettings()
+    )[0]
+    steps = SamplerSettings(steps=2).per_step(np.full(8, 12))
+    form = sampler.form_of(SamplerSettings(steps=2), config, 8)
+    index = jnp.arange(8, dtype=jnp.uint32)
+    return jax.grad(loss)(flat), sampler.loop(model, ids, classes, None, index, key, steps, form)
+
+  dims = re.findall(r"tensor<([0-9x]+)x[a-z]", run.lower(shapes).as_text())
+  assert max(math.prod(map(int, x.split("x"))) for x in dims) < 2**16
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ def test_errors_name_both(folder, tmp_path):
   weights.save_tokenizer(tiny.tokenizer(other), tmp_path / "small")
   with pytest.raises(UserError, match="codebook_size 64, .*small has 32"):
     make_trainer(config(folder, data__tokenizer=str(tmp_path / "small")))
+  with pytest.raises(UserError, match="'factors'.*codes have none"):
+    make_trainer(config(folder, model__embedding="factors"))
   with pytest.raises(UserError, match="num_classes=7"):
     make_trainer(config(folder, model__num_classes=7))
   with pytest.raises(UserError, match="accumulation"):
