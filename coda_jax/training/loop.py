@@ -105,7 +105,8 @@ def run(
         return True
       metrics.write("eval", step, values)
       checkpoints.evaluated(step, values)
-      log.info("step %d  evaluation  %s", step, short_line(values))
+      if values:  # none without held-out data
+        log.info("step %d  evaluation  %s", step, short_line(values))
       return True
 
     def stopped() -> bool:
