@@ -21,6 +21,7 @@ import numpy as np
 
 from coda_jax import cli, config, pretrained, storage, weights
 from coda_jax.config import AblationConfig, TrainConfig
+from coda_jax.config.ablation import plain
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError, describe
 from coda_jax.evaluation.ablation import Images
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
   every = [
     (row, seed) for seed in dict.fromkeys([*ablation.seeds, *seeds]) for row in ablation.rows
   ]
-  runs = {(row, seed): _settings(ablation, row, seed) for row, seed in every}
+  asked = [] if args.no_training else chosen
+  settings_of = {(row, seed): _settings(ablation, row, seed) for row, seed in asked}
+  runs = {run: settings_of.get(run) or _settings_if_there(ablation, *run) for run in every}
   write = functools.partial(_write, workdir, ablation, runs)
   if args.no_training:
     if not workdir.is_dir():
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
   failed = []
   for i, (row, seed) in enumerate(chosen, 1):
-    folder, settings = _folder(workdir, row, seed), runs[row, seed]
+    folder, settings = _folder(workdir, row, seed), settings_of[row, seed]
     if _measured(folder, ablation, settings):
       continue
     log.info("row %s, seed %d: run %d of %d", row, seed, i, len(chosen))
@@ -127,6 +130,14 @@ def _settings(ablation: AblationConfig, row: str, seed: int) -> TrainConfig:
   return settings
 
 
+def _settings_if_there(ablation: AblationConfig, row: str, seed: int) -> TrainConfig | None:
+  """The settings of a run that is not asked for; None if what it starts from is not there."""
+  start = plain(ablation.run_values(row, seed)).get("tokenizer", {}).get("start", "")
+  if start and not (storage.path(start) / "config.json").is_file():
+    return None
+  return _settings(ablation, row, seed)
+
+
 def _folder(workdir: storage.Path, row: str, seed: int) -> storage.Path:
   return workdir / "rows" / row / f"seed_{seed}"
 
@@ -157,13 +168,16 @@ def _measured(
   return {} if config.decisive(changed, length=True) else found["measures"]
 
 
-def _write(workdir: storage.Path, ablation: AblationConfig, runs: Mapping[Run, TrainConfig]) -> int:
+def _write(
+  workdir: storage.Path, ablation: AblationConfig, runs: Mapping[Run, TrainConfig | None]
+) -> int:
   """Writes tables and plots of the runs that are complete; returns how many are not."""
   measures, missing = {"": {}}, {}
   if vae := _read(workdir / VAE):
     measures[""][0] = vae["measures"]
   for (row, seed), settings in runs.items():
-    found = _measured(_folder(workdir, row, seed), ablation, settings)
+    folder = _folder(workdir, row, seed)
+    found = {} if settings is None else _measured(folder, ablation, settings)
     measures.setdefault(row, {}).update({seed: found} if found else {})
     if not found:
       missing.setdefault(row, []).append(seed)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+import shutil
 
 import pytest
 
@@ -116,6 +117,13 @@ def test_rows_train_once_and_tables_show_what_is_there(
   assert rows["more"]["runs"]["0"]["psnr"] == pytest.approx(psnr, rel=1e-5)
   assert not (workdir / "rows/more/seed_0/checkpoints").exists()
 
+  # A start that is not there is missing in the tables, and an error only of who asks for the row.
+  shutil.rmtree(start)
+  for argv, wanted in ((["--tables=one"], 0), (["--no-training"], 0), (["--tables=sizes"], 1)):
+    code, err = call(tmp_path / "again", capsys, f"--workdir={workdir}", *argv)
+    assert code == wanted and (f"row more: config.tokenizer.start: {start}" in err) == wanted
+    assert read(workdir)["missing"]["more"] == [0]
+
 
 def test_a_stopped_run_is_to_be_called_again(folder, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(ablate, "train", lambda *args: False)
@@ -132,7 +140,7 @@ def test_a_stopped_run_is_to_be_called_again(folder, tmp_path, capsys, monkeypat
     (["--no-training"], 1, "no such folder"),
     (["--config.base.lr=1"], 2, "no config key 'lr'"),
     (["--config.base.trainable=()"], 1, "there must be a tokenizer.start to measure"),
-    (["--config.base.kind=maskgit"], 1, "row more: unknown key config."),
+    (["--config.base.kind=maskgit"], 1, "row rq: unknown key config."),
     (["--config.base.data.eval=folder:/nowhere"], 1, "/nowhere does not exist"),
   ],
 )
