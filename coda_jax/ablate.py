@@ -197,6 +197,7 @@ def _measure(
 ) -> None:
   """Writes the measures of a run that is complete, and once those of the continuous VAE."""
   images = _images(settings)
+  folder.mkdir(parents=True, exist_ok=True)  # of a row without training nothing is there
   vae = {"vae": settings.tokenizer.vae, "data": config.to_json(settings.data)["eval"]}
   if _read(workdir / VAE).get("config") != vae:
     measures = images.measure_vae(weights.load_vae(settings.tokenizer.vae))
@@ -205,7 +206,6 @@ def _measure(
   tokenizer = weights.load_tokenizer(made)
   measures = images.measure(tokenizer, ablation.tokens_per_code)
   found = {"config": _wanted(ablation, settings), "measures": measures}
-  folder.mkdir(parents=True, exist_ok=True)
   write_text(folder / MEASURES, json.dumps(found, indent=1) + "\n")
 
 
