@@ -117,7 +117,8 @@ def test_rows_train_once_and_tables_show_what_is_there(
   assert rows["more"]["runs"]["0"]["psnr"] == pytest.approx(psnr, rel=1e-5)
   assert not (workdir / "rows/more/seed_0/checkpoints").exists()
 
-  only = text.replace('c.Line("64", "rq"), ', "")  # such a row may be the first of a workdir
+  # Such a row may be the first of a workdir.
+  only = text.replace('c.Line("64", "rq"), c.Line("128", "more")', 'c.Line("128", "more"),')
   (tmp_path / "again" / "config.py").write_text(only.format(folder=str(folder)))
   code, err = call(tmp_path / "again", capsys, f"--workdir={tmp_path}/fresh", "--tables=sizes")
   assert (code, trained[2:]) == (0, []), err
