@@ -15,16 +15,17 @@ was stopped. The last line is JSON; FOLDER/results.json has it too.
 import argparse
 import json
 import pathlib
-import subprocess
 import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where tools/ is
 
 import jax
 
 from coda_jax.generation.generator import load_generator
 from coda_jax.training.logging import read_metrics
+from tools.demo import command
 
-ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 64
 SIDES = "1,2,4,16"  # 277 tokens of 10 bits
 SHAPES = ["--image-size", SIZE, "--resize-ratio", 1, "--images", 1000]
@@ -47,12 +48,17 @@ GENERATORS = {
 }
 
 
-def command(*words) -> None:
-  """Runs `python -m …` to its end, showing the command."""
-  words = [sys.executable, "-m", *map(str, words)]
-  print(f"$ python {' '.join(words[1:])}", flush=True)
-  if code := subprocess.run(words, cwd=ROOT).returncode:
-    sys.exit(code)
+def run(config: str, workdir: pathlib.Path, **changes) -> None:
+  """Trains, with changes to the config, `__` for dots."""
+  keys = [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
+  command("coda_jax.train", f"--config={config}", f"--workdir={workdir}", *keys)
+
+
+def places(folder: pathlib.Path, name: str, seed: int) -> tuple[pathlib.Path, pathlib.Path]:
+  """(workdir of the generator `name`, evaluation of its samples), in its tokenizer's folder."""
+  kind, embedding = GENERATORS[name]
+  which = f"{embedding}_{seed}"
+  return folder / kind / f"generator_{which}", folder / kind / f"samples_{which}"
 
 
 def make_tokenizer(name: str, folder: pathlib.Path, vae: str, bits: int) -> pathlib.Path:
@@ -64,19 +70,19 @@ def make_tokenizer(name: str, folder: pathlib.Path, vae: str, bits: int) -> path
       where = ["--vae", vae, "--data", train, "--bits", bits, "--output", made]
       command("coda_jax.discretize", *where, *SHAPES, *options)
     return made
-  keys = {
-    "tokenizer.vae": vae,
-    "tokenizer.image_size": SIZE,
-    "tokenizer.quantizer.patch_sizes": f"({SIDES})",
-    "data.train": train,
-    "data.eval": held_out,
-    "data.resize_ratio": 1.0,
-    "eval.every": 0,
-    "eval.images": 100,
-  }
-  keys = [f"--config.{key}={value}" for key, value in keys.items()]
   workdir = folder / name / "training"
-  command("coda_jax.train", "--config=configs/demo.py", f"--workdir={workdir}", *keys)
+  run(
+    "configs/demo.py",
+    workdir,
+    tokenizer__vae=vae,
+    tokenizer__image_size=SIZE,
+    tokenizer__quantizer__patch_sizes=f"({SIDES})",
+    data__train=train,
+    data__eval=held_out,
+    data__resize_ratio=1.0,
+    eval__every=0,
+    eval__images=100,
+  )
   return workdir / "tokenizer"
 
 
@@ -92,36 +98,34 @@ def train(name: str, folder: pathlib.Path, vae: str, bits: int, updates: int, se
     which = ["--data", f"folder:{folder / split}@train", "--resize-ratio", 1, "--batch-size", 50]
     made = where / "tokens" / split
     command("coda_jax.tokenize_dataset", "--tokenizer", tokenizer, *which, "--output", made)
-  keys = {
-    "data.tokenizer": tokenizer,
-    "data.train": where / "tokens" / "shapes",
-    "data.eval": where / "tokens" / "held_out",
-    "model.depth": 4,
-    "model.embedding": embedding,
-    "class_dropout": 1.0,
-    "ema.decay": 0.99,
-    "eval.every": 200,
-    "eval.images": 500,
-    "eval.batch_size": 50,
-    "steps": updates,
-    "seed": seed,
-  }
-  keys = [f"--config.{key}={value}" for key, value in keys.items()]
-  workdir = where / f"generator_{embedding}_{seed}"
-  command("coda_jax.train", "--config=configs/maskgit.py:demo", f"--workdir={workdir}", *keys)
+  workdir, samples = places(folder, name, seed)
+  run(
+    "configs/maskgit.py:demo",
+    workdir,
+    data__tokenizer=tokenizer,
+    data__train=where / "tokens" / "shapes",
+    data__eval=where / "tokens" / "held_out",
+    model__depth=4,
+    model__embedding=embedding,
+    class_dropout=1.0,
+    ema__decay=0.99,
+    eval__every=200,
+    eval__images=500,
+    eval__batch_size=50,
+    steps=updates,
+    seed=seed,
+  )
   command(
     "coda_jax.eval", "--generator", workdir / "generator", *data, "--classes", "null",
     "--count", IMAGES, "--batch-size", 50, "--steps", STEPS, "--guidance", 0, "--yardsticks",
-    "--output", where / f"samples_{embedding}_{seed}",
+    "--output", samples,
   )  # fmt: skip
 
 
 def seconds_of_samples(folder: pathlib.Path, names: list[str], seed: int) -> dict[str, float]:
   """Seconds of a sample in `STEPS` steps, the best of three batches of 16; they take turns."""
-  generators, best = {}, {}
-  for name in names:
-    kind, embedding = GENERATORS[name]
-    generators[name] = load_generator(folder / kind / f"generator_{embedding}_{seed}" / "generator")
+  generators = {n: load_generator(places(folder, n, seed)[0] / "generator") for n in names}
+  best = {}
   for i in range(4):  # the first compiles
     for name, generator in generators.items():
       start = time.perf_counter()
@@ -134,15 +138,13 @@ def seconds_of_samples(folder: pathlib.Path, names: list[str], seed: int) -> dic
 
 def results_of(folder: pathlib.Path, name: str, seed: int) -> dict:
   """What the evaluations of a generator and its tokenizer found."""
-  kind, embedding = GENERATORS[name]
-  where = folder / kind
+  workdir, drawn = places(folder, name, seed)
   quality, samples = (
-    json.loads((where / x / "results.json").read_text())
-    for x in ("reconstructions", f"samples_{embedding}_{seed}")
+    json.loads((x / "results.json").read_text())
+    for x in (workdir.parent / "reconstructions", drawn)
   )
   tokenizer = quality["entries"]["tokenizer"]
-  history = read_metrics(where / f"generator_{embedding}_{seed}")
-  held_out = [r for r in history if r["kind"] == "eval"]
+  held_out = [r for r in read_metrics(workdir) if r["kind"] == "eval"]
   return {
     "tokens": tokenizer["codebook"]["tokens_per_image"],
     "bits": round(tokenizer["codebook"]["bits_per_image"]),

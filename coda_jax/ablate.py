@@ -21,7 +21,6 @@ import numpy as np
 
 from coda_jax import cli, config, pretrained, storage, weights
 from coda_jax.config import AblationConfig, TrainConfig
-from coda_jax.config.ablation import plain
 from coda_jax.data import pipeline, sources
 from coda_jax.errors import UserError, describe
 from coda_jax.evaluation.ablation import Images
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     (row, seed) for seed in dict.fromkeys([*ablation.seeds, *seeds]) for row in ablation.rows
   ]
   asked = [] if args.no_training else chosen
-  settings_of = {(row, seed): _settings(ablation, row, seed) for row, seed in asked}
-  runs = {run: settings_of.get(run) or _settings_if_there(ablation, *run) for run in every}
+  runs = {run: (_settings if run in asked else _settings_if_there)(ablation, *run) for run in every}
   write = functools.partial(_write, workdir, ablation, runs)
   if args.no_training:
     if not workdir.is_dir():
@@ -83,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
   failed = []
   for i, (row, seed) in enumerate(chosen, 1):
-    folder, settings = _folder(workdir, row, seed), settings_of[row, seed]
+    folder, settings = _folder(workdir, row, seed), runs[row, seed]
+    assert settings is not None, "it is asked for"
     if _measured(folder, ablation, settings):
       continue
     log.info("row %s, seed %d: run %d of %d", row, seed, i, len(chosen))
@@ -132,8 +131,8 @@ def _settings(ablation: AblationConfig, row: str, seed: int) -> TrainConfig:
 
 def _settings_if_there(ablation: AblationConfig, row: str, seed: int) -> TrainConfig | None:
   """The settings of a run that is not asked for; None if what it starts from is not there."""
-  start = plain(ablation.run_values(row, seed)).get("tokenizer", {}).get("start", "")
-  if start and not (storage.path(start) / "config.json").is_file():
+  start = ablation.run_values(row, seed).to_dict().get("tokenizer", {}).get("start", "")
+  if start and not weights.is_there(start):
     return None
   return _settings(ablation, row, seed)
 

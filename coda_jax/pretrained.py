@@ -63,7 +63,7 @@ def load_inception(path: weights.Path) -> Inception:
 
 def find_inception(path: weights.Path | None) -> tuple[Inception | None, str]:
   """FID's Inception from the directory `path`, by default `INCEPTION`; or None and why."""
-  if path or (pathlib.Path(INCEPTION) / "config.json").is_file():
+  if path or weights.is_there(INCEPTION):
     return load_inception(path or INCEPTION), ""
   return None, (
     "FID is left out: it needs Inception's published weights; get "

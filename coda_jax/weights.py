@@ -206,6 +206,11 @@ def _save_safetensors(flat: Arrays, file: pathlib.Path, averaged: bool | None) -
     raise OSError(e.errno, e.strerror, str(file)) from e
 
 
+def is_there(path: Path) -> bool:
+  """Whether `path` is a directory of ours, whatever it holds."""
+  return (storage.path(path) / "config.json").is_file()
+
+
 def _saved_config(path: Path) -> dict:
   """What is in the `config.json` of a saved directory. Raises UserError if there is none."""
   file = storage.path(path) / "config.json"

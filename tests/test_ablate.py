@@ -146,7 +146,7 @@ def test_a_stopped_run_is_to_be_called_again(folder, tmp_path, capsys, monkeypat
     (["--no-training"], 1, "no such folder"),
     (["--config.base.lr=1"], 2, "no config key 'lr'"),
     (["--config.base.trainable=()"], 1, "there must be a tokenizer.start to measure"),
-    (["--config.base.kind=maskgit"], 1, "row rq: unknown key config."),
+    (["--config.base.kind=maskgit"], 1, "row more: unknown key config."),
     (["--config.base.data.eval=folder:/nowhere"], 1, "/nowhere does not exist"),
   ],
 )

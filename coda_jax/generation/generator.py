@@ -315,7 +315,7 @@ def _text_encoder(path, wanted: str | None, dtype, given) -> TextEncoder | None:
       raise UserError(f"{path} was trained on classes: it needs no text encoder {given}")
     return None
   where = storage.path(path) / "text_encoder" if given is None else given
-  if given is None and not (where / "config.json").is_file():
+  if given is None and not weights.is_there(where):
     raise UserError(
       f"{path} does not hold its text encoder, {wanted[:12]}; name its directory: "
       "--text-encoder DIR, text_encoder= in Python"

@@ -148,7 +148,7 @@ def form_of(
     chunk_size = _ELEMENTS * devices // (batch * config.outputs)
   return Form(
     coarse_to_fine=settings.order == "coarse_to_fine",
-    top_k=settings.top_k and min(settings.top_k, config.outputs),
+    top_k=settings.top_k,
     nucleus=settings.top_p is not None,
     guided=settings.guidance > 0,
     keep_steps=keep_steps,

@@ -286,7 +286,7 @@ class MaskGIT(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(config.outputs))
 
   def set_codes(self, values: Float[Array, "v c"]) -> None:
-    """Sets the code values of embedding "codes"; does nothing for "table".
+    """Sets the code values of embedding "codes"; does nothing for the others.
 
     Raises:
       UserError: their number or width is another than the config's.

@@ -110,9 +110,9 @@ class TokenFactors:
       there = np.repeat(there, self._tokens, 0)
       s = jnp.where(there, s, _NOTHING)
       chosen = jnp.take_along_axis(s, digits[..., k, None], -1)[..., 0]
-      mean = jnp.where(there, s, 0.0).sum(-1) / there.sum(-1)
-      wanted = (1 - label_smoothing) * chosen + label_smoothing * mean
-      loss += jax.nn.logsumexp(s, -1) - wanted
+      loss += jax.nn.logsumexp(s, -1) - (1 - label_smoothing) * chosen
+      if label_smoothing:
+        loss -= label_smoothing * jnp.where(there, s, 0.0).sum(-1) / there.sum(-1)
       correct &= chosen == s.max(-1)
     return CrossEntropy(loss * jax.lax.stop_gradient(weights), correct)
 

@@ -49,7 +49,7 @@ def vae_config(settings: c.TokenizerSettings) -> VAEConfig:
   Raises:
     UserError: there is no directory, and none that is known fits.
   """
-  if _is_there(settings.vae):
+  if weights.is_there(settings.vae):
     fields = weights.read_config(settings.vae, "vae")
     return weights.config_from_fields(VAEConfig, fields["vae"], f"{settings.vae}/config.json: vae")
   for vae in _VAES.values():
@@ -62,10 +62,6 @@ def vae_config(settings: c.TokenizerSettings) -> VAEConfig:
     f"{quantizer.patch_sizes[-1]} patches of {quantizer.code_dim} channels are the latents of no "
     f"VAE that is known ({', '.join(_VAES)}); name a directory that `python -m convert` wrote"
   )
-
-
-def _is_there(path: str) -> bool:
-  return (storage.path(path) / "config.json").is_file()
 
 
 def _write(path: pathlib.Path, kind: str, fields: Mapping, make: Callable[[], nnx.Module]) -> str:
@@ -95,15 +91,15 @@ def stand_in(settings, folder: pathlib.Path, tokenizer: c.TrainConfig | None = N
 
 def _for_tokenizer(settings: c.TrainConfig, folder: pathlib.Path) -> c.TrainConfig:
   replace, t = dataclasses.replace, settings.tokenizer
-  if not t.start and not _is_there(t.vae):
+  if not t.start and not weights.is_there(t.vae):
     vae = vae_config(t)
     fields = {"vae": dataclasses.asdict(vae)}
     make = lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0))
     t = replace(t, vae=_write(folder / "vae", "vae", fields, make))
   losses, adversarial = settings.losses, settings.adversarial
-  if losses.perceptual_weights and not _is_there(losses.perceptual_weights):
+  if losses.perceptual_weights and not weights.is_there(losses.perceptual_weights):
     losses = replace(losses, perceptual_weights=_write(folder / "lpips", "lpips", {}, LPIPS))
-  if adversarial.discriminator == "dino" and not _is_there(adversarial.dino_weights):
+  if adversarial.discriminator == "dino" and not weights.is_there(adversarial.dino_weights):
     adversarial = replace(adversarial, dino_weights=_write(folder / "dino", "dino", {}, DINO))
   (folder / "images").mkdir()
   Image.new("RGB", (8, 8)).save(folder / "images" / "0.png")
@@ -119,7 +115,7 @@ def _for_generator(
   settings: c.MaskGITTrainConfig, folder: pathlib.Path, tokenizer: c.TrainConfig | None
 ) -> c.MaskGITTrainConfig:
   where, data = settings.data.tokenizer, settings.data
-  if not _is_there(where):
+  if not weights.is_there(where):
     if tokenizer is None:
       raise UserError(
         f"config.data.tokenizer={where} is not there; name the config that it is trained with: "
@@ -137,7 +133,7 @@ def _for_generator(
     text = {"kind": "captions"} if data.text_encoder else None
     names = [] if text else [str(i) for i in range(settings.model.num_classes or _CLASSES)]
   encoder = data.text_encoder
-  if text and encoder and not _is_there(encoder):
+  if text and encoder and not weights.is_there(encoder):
     encoder = ""
     if text["kind"] == "captions":
       shape = CLIPTextConfig()  # of ViT-L/14
