@@ -72,7 +72,7 @@ class Hosts:
     self._timeout, self._interval = heartbeat_timeout, min(5.0, heartbeat_timeout / 4)
     self.name = f"process {self.index} on {socket.gethostname()}"
     self.stopping, self._closing = threading.Event(), False
-    self._own: tuple[str, int] | None = None  # line and exit code, once this process fails
+    self._own: tuple[str, int] | None = None  # line and exit code, once this process must end
     self.on_stop: Callable[[], None] = lambda: None
     self._news = 0  # of which so many were heard
     self._beats: dict[int, tuple[str, float]] = {}
@@ -167,11 +167,12 @@ class Hosts:
       if news.get("stop"):
         self._stop()
       elif self._own is None:
+        self._own = news["line"], news["code"]  # also if jax sees the end of process 0 before us
         with contextlib.suppress(jax.errors.JaxRuntimeError):
           # Until all have heard it: process 0 holds the store.
           there = [i for i in range(self.count) if i != news.get("lost")]
           self._client.wait_at_barrier(f"{_PREFIX}/ended", 20_000, there)
-        end(news["line"], news["code"])
+        end(*self._own)
 
   def _silent(self) -> int | None:
     """The process of which nothing was heard for too long."""

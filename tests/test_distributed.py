@@ -13,12 +13,24 @@ import os, signal, sys, time
 from coda_jax import cli, config, distributed
 from coda_jax.errors import UserError
 
+class Late:
+  # A client that is slow after a barrier: the others have ended when it goes on.
+  def __init__(self, client):
+    self.client = client
+  def __getattr__(self, name):
+    return getattr(self.client, name)
+  def wait_at_barrier(self, *args):
+    self.client.wait_at_barrier(*args)
+    time.sleep(5)
+
 def run(args):
   seconds = 8 if args.what in ("is killed", "breaks") else 60  # a busy machine is silent for long
   with distributed.joined(args, config.DistributedSettings(heartbeat_timeout=seconds)) as hosts:
     hosts.wait("begin")
+    if args.what == "fails, late" and str(hosts.index) != args.who:
+      hosts._client = Late(hosts._client)
     if str(hosts.index) == args.who:
-      if args.what == "fails":
+      if args.what.startswith("fails"):
         raise UserError("photos: not on this host")
       if args.what == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -44,8 +56,9 @@ def run(what, who):
 
 
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_failure_of_one_process_ends_all_with_its_line(who):
-  codes, errors, _ = run("fails", who)
+@pytest.mark.parametrize("what", ["fails", pytest.param("fails, late", marks=pytest.mark.slow)])
+def test_a_failure_of_one_process_ends_all_with_its_line(who, what):
+  codes, errors, _ = run(what, who)
   assert codes == [1, 1], errors
   for error in errors:
     assert error.startswith(f"error: process {who} on ")
