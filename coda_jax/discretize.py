@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--method",
     choices=METHODS,
-    default="lloyd-max",
-    help="how codes are found; coda fits the paper's own quantizer (lloyd-max)",
+    default="vq",
+    help="how codes are found; coda fits the paper's own quantizer (vq)",
   )
   p.add_argument(
     "--block",

@@ -1,15 +1,16 @@
 """Look-ups and starts at equal bits, for `python -m coda_jax.ablate`: docs/equal_bits.md.
 
 64x64 photos, one budget a row, at 6800 bits an image (the demo's 680 tokens of 10 bits) and at
-3400 (340 of them: four levels). The rows `free_*` and `data_*` start from what
-`coda_jax.discretize` made of the same VAE: demo/free_6800 and demo/free_3400, and with `--method
-coda` demo/data_6800 and demo/data_3400 (`--patch-sizes 2,4,8,16`).
+3400 (340 of them: four levels). The rows `vq_*`, `free_*` and `data_*` start from what
+`coda_jax.discretize` made of the same VAE: demo/vq_6800 and demo/vq_3400, with `--method lloyd-max`
+demo/free_6800 and demo/free_3400, and with `--method coda` demo/data_6800 and demo/data_3400
+(`--patch-sizes 2,4,8,16`).
 `--config.base.KEY=...` changes every row, as `--config.base.steps=1500`.
 
 `configs/equal_bits.py:photos` has the rows that matter there at as many bits a pixel, on 256x256
 crops of the whole photos that `python -m tools.make_photos --packages FOLDER --whole demo/whole`
-writes. The starts are demo/free_108800, demo/data_108800 (`--patch-sizes
-4,8,12,16,20,24,32,40,52,64`), demo/free_54400 and demo/data_54400 (`--patch-sizes 8,16,32,64`).
+writes. The starts are demo/vq_108800, demo/free_108800, demo/data_108800 (`--patch-sizes
+4,8,12,16,20,24,32,40,52,64`) and those of 54400 (`--patch-sizes 8,16,32,64`).
 """
 
 import dataclasses
@@ -65,11 +66,11 @@ def rows_at(bits: int) -> dict[str, dict]:
     changes = {f"tokenizer__quantizer__{key}": value for key, value in quantizer.items()}
     rows[f"{name}_{bits}"] = changes | {"tokenizer__lora": None}
     rows[f"{name}_lora_{bits}"] = changes
-  free = {"tokenizer__start": f"demo/free_{bits}"}
-  data = {"tokenizer__start": f"demo/data_{bits}"}
-  rows[f"free_{bits}"] = free | {"trainable": ()}
-  for name, half in (("decoder_", "decoder"), ("", "")):
-    rows[f"free_{name}lora_{bits}"] = free | {"trainable": (("LoRAParam", half),)}
+  vq, free, data = ({"tokenizer__start": f"demo/{name}_{bits}"} for name in ("vq", "free", "data"))
+  for name, start in (("vq", vq), ("free", free)):
+    rows[f"{name}_{bits}"] = start | {"trainable": ()}
+    rows[f"{name}_decoder_lora_{bits}"] = start | {"trainable": (("LoRAParam", "decoder"),)}
+  rows[f"free_lora_{bits}"] = free | {"trainable": (("LoRAParam", ""),)}
   rows[f"free_rotation_lora_{bits}"] = rows[f"free_lora_{bits}"] | ROTATION
   rows[f"free_all_{bits}"] = free | {"optimizer__rates": FROM_DATA}
   rows[f"data_{bits}"] = data | {"trainable": ()}
@@ -85,11 +86,14 @@ def table_at(bits: int) -> Table:
     lines.append(Line(f"{label}, LoRA", f"{name}_lora_{bits}"))
   lines.append(Line("attention (CODA) from data, not trained", f"data_{bits}"))
   lines.append(Line("attention (CODA) from data, LoRA", f"data_lora_{bits}"))
-  lines.append(Line("training-free", f"free_{bits}"))
-  lines.append(Line("training-free, LoRA on the decoder", f"free_decoder_lora_{bits}"))
-  lines.append(Line("training-free, LoRA", f"free_lora_{bits}"))
-  lines.append(Line("training-free, LoRA, rotation trick", f"free_rotation_lora_{bits}"))
-  lines.append(Line("training-free, LoRA and its codes", f"free_all_{bits}"))
+  for label, name in (("VQ", "vq"), ("Lloyd-Max", "free")):
+    lines.append(Line(f"training-free, {label}", f"{name}_{bits}"))
+    lines.append(
+      Line(f"training-free, {label}, LoRA on the decoder", f"{name}_decoder_lora_{bits}")
+    )
+  lines.append(Line("training-free, Lloyd-Max, LoRA", f"free_lora_{bits}"))
+  lines.append(Line("training-free, Lloyd-Max, LoRA, rotation trick", f"free_rotation_lora_{bits}"))
+  lines.append(Line("training-free, Lloyd-Max, LoRA and its codes", f"free_all_{bits}"))
   return Table(f"{bits} bits an image", tuple((x, "") for x in COLUMNS), tuple(lines))
 
 
@@ -106,7 +110,7 @@ def get_config(arg: str = ""):
   tables = {str(b): table_at(b) for b in bits}
   if arg == "photos":
     # The rows that lead at 64x64, and the continuous VAE, whose row is "".
-    kept = re.compile(r"(attention_lora|rotation_lora|data|data_lora|free|free_.*)_\d+|")
+    kept = re.compile(r"(attention_lora|rotation_lora|data|data_lora|vq|vq_.*|free|free_.*)_\d+|")
     rows = {name: row for name, row in rows.items() if kept.fullmatch(name)}
     tables = {
       name: dataclasses.replace(t, lines=tuple(x for x in t.lines if kept.fullmatch(x.row)))

@@ -77,7 +77,7 @@ def test_the_directory_is_a_tokenizer(folder, tokenizer):
     np.testing.assert_array_equal(a, b)
   assert tokenizer.config.quantizer.level_sizes(8, 16)[0] == (4, 8)
   card = (folder / "tokenizer" / FILE).read_text()
-  assert "without training, by lloyd-max" in card and f"{config.bits:,.0f} bits" in card
+  assert "without training, by vq" in card and f"{config.bits:,.0f} bits" in card
   weights.save_tokenizer(tokenizer, folder / "again")
   same = weights.fingerprint_of(folder / "again", "tokenizer")
   assert same == weights.fingerprint_of(folder / "tokenizer", "tokenizer")
@@ -166,7 +166,7 @@ def test_a_generator_draws_ids_of_each_level(tokenizer, embedding):
 
 
 def test_what_it_refuses(folder, tmp_path):
-  with pytest.raises(UserError, match="no lloyd-max look-up"):
+  with pytest.raises(UserError, match="no vq look-up"):
     convert.to_torch(folder / "tokenizer", tmp_path / "torch")
   with pytest.raises(UserError, match="holds a 'tokenizer', not a 'vae'"):
     run(folder, "--vae", folder / "tokenizer", "--output", tmp_path / "out")

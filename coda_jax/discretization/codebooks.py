@@ -3,6 +3,7 @@
 A level is a list of factors, a factor (indices of its coordinates, codebook [codes, coordinates]).
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from coda_jax.discretization import coding
 from coda_jax.errors import UserError
 
 _MOST_LEVELS = 256  # of one coordinate
-_ROUNDS, _SAMPLES_PER_CODE = 12, 64  # of k-means
+_ROUNDS, _SAMPLES_PER_CODE = 12, 64  # of k-means, at most
+_FEWEST_SAMPLES = 8  # for a code of `vq`
 _ELEMENTS = 2**23  # distances at a time
 
 
@@ -69,8 +71,17 @@ def token_bridge(
 
 
 def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:
-  """A codebook of vectors for each group of coordinates, by k-means."""
-  return [[Factor(g, k_means(x[:, g], k))] for g, k in _groups(variances, budget)]
+  """A codebook of vectors for each group of coordinates, by k-means.
+
+  A codebook has as many codes as a token, or the square root or a higher one of that if there are
+  too few samples for so many; then a token holds several. A coordinate that needs more is alone.
+  """
+  roots = (math.floor(budget.codes ** (1 / n) + 1e-9) for n in itertools.count(1))
+  most = next(k for k in roots if k * _FEWEST_SAMPLES <= len(x) or k <= 2)
+  groups = _groups(variances, budget, most)
+  factors = [Factor(g, _codes(x[:, g], k)) for g, k in groups]
+  tokens = coding.pack([math.log2(k) for _, k in groups], math.log2(budget.codes))
+  return [[factors[i] for i in token] for token in tokens]
 
 
 def gaussian(
@@ -86,13 +97,14 @@ def gaussian(
   level = coding.water_level(variances, budget.bits)
   std = np.sqrt(np.maximum(variances - level, 0))
   return [
-    [Factor(g, rng.standard_normal((k, len(g))) * std[g])] for g, k in _groups(variances, budget)
+    [Factor(g, rng.standard_normal((k, len(g))) * std[g])]
+    for g, k in _groups(variances, budget, budget.codes)
   ]
 
 
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray, Budget], Levels]] = {
-  "lloyd-max": lloyd_max,
   "vq": vq,
+  "lloyd-max": lloyd_max,
   "gaussian": gaussian,
   "token-bridge": token_bridge,
 }
@@ -115,13 +127,19 @@ def _packed(levels: dict[int, np.ndarray], most: int) -> Levels:
   return [[Factor([i], levels[i][:, None]) for i in group] for group in groups]
 
 
-def _groups(variances: np.ndarray, budget: Budget) -> list[tuple[list[int], int]]:
-  """Groups of coordinates and the number of codes of each, bits as for Gaussians."""
-  most = math.log2(budget.codes)
-  bits = np.minimum(coding.gaussian_bits(variances, budget.bits), most)
-  groups = coding.pack(bits.tolist(), most)
+def _groups(variances: np.ndarray, budget: Budget, most: int) -> list[tuple[list[int], int]]:
+  """Groups of coordinates and the number of codes of each, bits as for Gaussians.
+
+  A group has at most `most` codes, or one coordinate of at most those of a token.
+  """
+  bits = np.minimum(coding.gaussian_bits(variances, budget.bits), math.log2(budget.codes))
+  groups = coding.pack(bits.tolist(), math.log2(most))
   sized = [(g, round(2 ** bits[g].sum() - 0.5)) for g in groups]
   return [(g, k) for g, k in sized if k >= 2]
+
+
+def _codes(x: np.ndarray, k: int) -> Float[np.ndarray, "k m"]:
+  return k_means(x, k) if x.shape[1] > 1 else coding.LloydMax(x[:, 0]).levels(k)[:, None]
 
 
 def nearest(x: np.ndarray, codes: np.ndarray) -> Int[np.ndarray, "n"]:

@@ -102,7 +102,8 @@ def allocate(sources: Sequence[LloydMax], bits: float, most: int) -> list[int]:
 def pack(sizes: Sequence[float], capacity: float) -> list[list[int]]:
   """Groups of indices with a sum of sizes of at most `capacity`: each into the first it fits.
 
-  Sizes of 0 are left out; groups and indices in them keep their order.
+  Sizes of 0 are left out; a size above the capacity is a group of its own; groups and indices in
+  them keep their order.
   """
   groups, room = [], []
   for i, size in enumerate(sizes):

@@ -45,7 +45,7 @@ def fit(
   *,
   bits: float,
   codes: int,
-  method: str = "lloyd-max",
+  method: str = "vq",
   block: int | None = None,
   patch_sizes: tuple[int, ...] = (),
 ) -> Fitted:

@@ -28,7 +28,7 @@ from coda_jax.models.token_grids import TokenGrids
 from coda_jax.ops.codebook_lookup import euclidean_lookup
 
 Blocks = Array | np.ndarray
-METHODS = ("lloyd-max", "vq", "gaussian", "token-bridge")
+METHODS = ("vq", "lloyd-max", "gaussian", "token-bridge")
 
 
 class Factor(NamedTuple):

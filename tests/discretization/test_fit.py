@@ -71,13 +71,21 @@ def test_more_bits_and_fitting_blocks_are_better():
   assert found.compared[2] < found.compared[1], "neighbours are alike"
 
 
+@pytest.mark.parametrize(("images", "most"), [(200, 256), (64, 16), (8, 6)])
+def test_few_samples_make_small_codebooks_of_which_a_token_holds_several(images, most):
+  config = fit(LATENTS[:images], WHITE, bits=200.0, codes=256, method="vq", block=1).config
+  factors = [f for level in config.levels for f in level]
+  several = [f.codes for f in factors if f.coordinates.stop - f.coordinates.start > 1]
+  assert max(several, default=0) <= most and len(factors) > len(config.levels) or most == 256
+  assert max(config.level_codes) > 64 and 160 < config.bits <= 200, config
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"bits": 3.0, "block": 2}, "less than 1 for each of 4 blocks"),
     ({"bits": 32.0, "method": "token-bridge"}, "at least 4 for each latent, not 2"),
     ({"block": 3}, "4x4 cannot be cut into blocks of 3x3"),
-    ({"codes": 2**12, "method": "vq", "bits": 400.0}, "too few for"),
     ({"latents": LATENTS[:1]}, "one image is too few"),
   ],
 )

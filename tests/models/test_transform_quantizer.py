@@ -159,7 +159,7 @@ def test_bits_count_each_level_by_its_codes():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"lookup": "cosine"}, "'cosine'; it is one of lloyd-max, vq"),
+    ({"lookup": "cosine"}, "'cosine'; it is one of vq, lloyd-max"),
     ({"codebook_size": 9}, "do not fit each other"),
     ({"patch_sizes": (2, 3)}, "do not fit each other"),
     ({"factor_codes": (2, 3, 4, 1), "factor_dims": (1, 1, 1, 1)}, "do not fit each other"),
