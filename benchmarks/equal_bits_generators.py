@@ -3,8 +3,8 @@
     python benchmarks/equal_bits_generators.py --output FOLDER [--bits 2770] [--updates 800]
 
 On 64x64 drawn shapes (`tools.draw_shapes`, 8000 to train and 1000 held out), with `demo/vae` of
-`make demo`: CODA with LoRA, 300 updates from random codes; CODA from data; training-free
-(`lloyd-max`), whose codes are embedded by their values or by their factors; Gaussian Quant. Each
+`make demo`: CODA with LoRA, 300 updates from random codes; CODA from data; training-free (`vq`,
+`lloyd-max`), whose codes are embedded by their values or by their factors; Gaussian Quant. Each
 tokenizer is made of the same drawings at the same bits, its tokens train the same MaskGIT for as
 many updates, and 300 samples are compared with held-out drawings. `model_bits` is what the
 generator needs to say the tokens of a held-out drawing (`training.maskgit_step.bits_of_images`).
@@ -35,13 +35,16 @@ STEPS = 16  # of the sampler
 TOKENIZERS = {
   "coda": None,
   "data": ["--method", "coda", "--patch-sizes", SIDES],
-  "free": [],
+  "vq": [],
+  "free": ["--method", "lloyd-max"],
   "gaussian": ["--method", "gaussian"],
 }
 # Tokenizer and `config.model.embedding`.
 GENERATORS = {
   "coda": ("coda", "codes"),
   "data": ("data", "codes"),
+  "vq": ("vq", "codes"),
+  "vq_factors": ("vq", "factors"),
   "free": ("free", "codes"),
   "free_factors": ("free", "factors"),
   "gaussian": ("gaussian", "codes"),

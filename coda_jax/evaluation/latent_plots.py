@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
@@ -59,6 +59,7 @@ def latents_plot(
 @styled
 def codes_plot(
   inputs: Sequence[Float[np.ndarray, "_ c"]],
+  codes: Int[np.ndarray, "v"],
   values: Float[np.ndarray, "v c"],
   usage: CodebookUsage,
   shown: Sequence[int],
@@ -67,7 +68,7 @@ def codes_plot(
 
   Args:
     inputs: latents at the input of each level.
-    values: what each code stands for.
+    codes: ids of those that are drawn; values: what each stands for.
     usage: how often each level used them.
     shown: levels with a panel of their own, from 0.
   """
@@ -75,18 +76,18 @@ def codes_plot(
   per_level = max(least, 2000 // len(inputs))  # coarse levels have few inputs: let them be seen
   every = np.concatenate([x[:: max(1, len(x) // per_level)][:per_level] for x in inputs])
   mean, axes, _ = principal_axes(every)
-  codes = (values - mean) @ axes
+  points = (values - mean) @ axes
   figure, cells = panels(1 + len(shown), 4, 2.9, 3.0)
   sets = [("inputs of all levels", every, usage.overall)]
   sets += [(f"level {i + 1} of {len(inputs)}", inputs[i], usage.at_level(i)) for i in shown]
   for axis, (title, x, used) in zip(cells, sets, strict=True):
     x = x[:: max(1, len(x) // 4000)]
-    unused = used == 0
+    unused = used[codes] == 0
     axis.scatter(
       *((x - mean) @ axes).T, s=4, alpha=0.3, lw=0, color=MUTED, rasterized=True, label="latents"
     )
     axis.scatter(
-      *codes[unused].T,
+      *points[unused].T,
       s=9,
       lw=0.6,
       marker="x",
@@ -95,10 +96,16 @@ def codes_plot(
       label="unused codes",
     )
     axis.scatter(
-      *codes[~unused].T, s=9, alpha=0.8, lw=0, color=COLOURS[0], rasterized=True, label="used codes"
+      *points[~unused].T,
+      s=9,
+      alpha=0.8,
+      lw=0,
+      color=COLOURS[0],
+      rasterized=True,
+      label="used codes",
     )
     _bare(axis, title)
-    _frame(axis, (every - mean) @ axes, codes)
+    _frame(axis, (every - mean) @ axes, points)
   for handle in filter(None, legend(figure, markerscale=2.2).legend_handles):
     handle.set_alpha(1)
   return figure

@@ -31,6 +31,7 @@ from coda_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from coda_jax.models.vae import AutoencoderKL
 
 _VECTORS, _LIKELIEST = 16, 50  # vectors whose codes are compared, and codes (paper, Figure 5)
+_CODES = 2**16  # codes that are drawn, at most
 _SAMPLE, _PICTURES = 32, 8  # images whose levels are decoded one by one; those that are shown
 
 # Measurements of one tokenizer, and tokenizers of one structure, share these compiled parts.
@@ -49,7 +50,7 @@ class Latents:
     continuous: [N, C] latents.
     quantized: [L, N, C] the latents quantized by the first 1 to L levels.
     level_inputs: [n, C] per level, the vectors that it looks up.
-    values: [V, C] the vector of each code.
+    codes: [v] ids of the codes that are drawn, all or evenly spread; values: [v, C] their vectors.
     usage: uses of the codes by the same images.
     confidence: [n, k] of n vectors that the last level looks up, the k likeliest codes' weights or
       distances, likeliest first; `confidence_label` says which.
@@ -58,6 +59,7 @@ class Latents:
   continuous: np.ndarray
   quantized: np.ndarray
   level_inputs: Sequence[np.ndarray]
+  codes: np.ndarray
   values: np.ndarray
   usage: CodebookUsage
   confidence: np.ndarray
@@ -221,14 +223,15 @@ def _latents(tokenizer: Tokenizer, encoded: Encoded) -> Latents:
   )
   channels, levels = encoded.latents.shape[-1], len(encoded.ids)
   level_inputs = [np.asarray(x) for x in _level_inputs(encoded)]
-  lookup = tokenizer.quantizer
+  lookup, codes = tokenizer.quantizer, _spread(encoded.codebook_size, _CODES)
   sure = np.asarray(lookup.confidence(level_inputs[-1][_spread(len(level_inputs[-1]), _VECTORS)]))
   likeliest = np.argsort(-sure, axis=1)[:, :_LIKELIEST]
   return Latents(
     continuous=np.asarray(encoded.latents).reshape(-1, channels),
     quantized=np.moveaxis(np.asarray(encoded.quantized), 1, 0).reshape(levels, -1, channels),
     level_inputs=level_inputs,
-    values=np.asarray(tokenizer.quantizer.values()),
+    codes=codes,
+    values=np.asarray(lookup.values_of(codes)),
     usage=CodebookUsage.count(encoded.ids, encoded.codebook_size, encoded.level_codes),
     confidence=np.abs(np.take_along_axis(sure, likeliest, axis=1)),
     confidence_label=lookup.confidence_label,

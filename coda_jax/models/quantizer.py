@@ -126,6 +126,10 @@ class ResidualQuantizer(Lookup):
     """Latents as the vectors that the codes are for: as they are."""
     return latents
 
+  def values_of(self, ids: Int[Array | np.ndarray, "n"]) -> Float[Array, "n c"]:
+    """`values` of some codes."""
+    return code_values(self.values(), jnp.asarray(ids))
+
   def embedding_values(self) -> Float[Array, "v c"]:
     """The code values as a generator embeds them."""
     return self.values()

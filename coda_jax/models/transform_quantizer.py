@@ -234,22 +234,27 @@ class TransformQuantizer(nnx.Module):
 
   def values(self) -> Float[Array, "v d"]:
     """What every code adds to a block of latents, as `vectors` writes blocks."""
-    out = []
-    for (start, stop), level in zip(self.config.ranges, self.config.levels, strict=True):
-      rows = self.synthesis[level[0].coordinates.start : level[-1].coordinates.stop]
-      out.append(self._coordinates(jnp.arange(stop - start), level) @ rows)
-    return jnp.concatenate(out)
+    return jnp.concatenate([self._level_values(i) for i in range(len(self.config.levels))])
+
+  def values_of(self, ids: Int[Blocks, "n"]) -> Float[Array, "n d"]:
+    """`values` of some codes; there may be too many for all of them."""
+    out = jnp.zeros((len(ids), self.config.code_dim))
+    for level, (start, stop) in enumerate(self.config.ranges):
+      inside = (ids >= start) & (ids < stop)
+      values = self._level_values(level, jnp.clip(ids - start, 0, stop - start - 1))
+      out = jnp.where(inside[:, None], values, out)
+    return out
 
   def embedding_values(self) -> Float[Array, "v d"]:
     """`values` with a mean square of 1 in each level; those of fine levels are small otherwise."""
-    parts = jnp.split(self.values(), [end for _, end in self.config.ranges[:-1]])
+    parts = [self._level_values(i) for i in range(len(self.config.levels))]
     scaled = [x * jax.lax.rsqrt(jnp.square(x).mean() + 1e-12) for x in parts]
     return jnp.concatenate(scaled)
 
   def confidence(self, x: Float[Blocks, "n d"]) -> Float[Array, "n v"]:
     """Minus the distance of a few vectors to the v codes of the last level."""
-    start, stop = self.config.ranges[-1]
-    return -jnp.linalg.norm(jnp.asarray(x)[:, None] - self.values()[start:stop], axis=-1)
+    values = self._level_values(len(self.config.levels) - 1)
+    return jax.lax.map(lambda row: -jnp.linalg.norm(row - values, axis=-1), jnp.asarray(x))
 
   def vectors(self, latents: Float[Blocks, "*b h w c"]) -> Float[Blocks, "*b p q d"]:
     """Latents as the vectors that the codes are for: blocks."""
@@ -260,6 +265,13 @@ class TransformQuantizer(nnx.Module):
     if codes.shape[1] == 1:  # few levels
       return jnp.argmin(jnp.abs(x - codes[:, 0]), -1).astype(jnp.int32)
     return euclidean_lookup(x.reshape(-1, x.shape[-1]), codes).reshape(x.shape[:-1])
+
+  def _level_values(self, level: int, ids: Int[Array, "n"] | None = None) -> Float[Array, "n d"]:
+    """What codes of a level, by default all, add to a block; ids count within the level."""
+    factors = self.config.levels[level]
+    rows = self.synthesis[factors[0].coordinates.start : factors[-1].coordinates.stop]
+    ids = jnp.arange(self.config.level_codes[level]) if ids is None else ids
+    return self._coordinates(ids, factors) @ rows
 
   def _coordinates(self, digits: Int[Array, "*b"], level: list[Factor]) -> Float[Array, "*b m"]:
     """Coordinates of ids that are counted within their level."""

@@ -29,7 +29,7 @@ def run(name: str, *, offset: int = 0, lpips: bool = True, history=()) -> Run:
   vectors = rng.normal(size=(64, 16)).astype(np.float32)
   latents = Latents(
     vectors, np.stack([vectors] * LEVELS), [vectors[: p * p] for p in (1, 2, 3, 8)],
-    rng.normal(size=(CODES, 16)).astype(np.float32), usage,
+    np.arange(CODES), rng.normal(size=(CODES, 16)).astype(np.float32), usage,
     np.sort(rng.uniform(size=(16, 50))), "distance",
   )  # fmt: skip
   movement = {step: latents.values * step for step in (1, 2)} if history else {}

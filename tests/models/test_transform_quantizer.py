@@ -87,6 +87,11 @@ def test_call_encode_decode_and_values_agree():
   assert values.shape == (10, 4)
   summed = values[out.ids[0]] + values[out.ids[1]] + 0.5
   np.testing.assert_allclose(q.vectors(made), summed, atol=1e-6)
+  some = np.array([7, 0, 9, 3])
+  np.testing.assert_array_equal(q.values_of(some), values[some])
+  vectors = jax.random.normal(jax.random.key(1), (3, 4))
+  distances = np.linalg.norm(vectors[:, None] - values[6:], axis=-1)
+  np.testing.assert_allclose(q.confidence(vectors), -distances, rtol=1e-5)
   scaled = np.square(q.embedding_values())
   np.testing.assert_allclose([scaled[:6].mean(), scaled[6:].mean()], 1, rtol=1e-5)
   again = encode(q, made)
