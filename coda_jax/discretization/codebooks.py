@@ -17,7 +17,7 @@ from coda_jax.errors import UserError
 
 _MOST_LEVELS = 256  # of one coordinate
 _ROUNDS, _SAMPLES_PER_CODE = 12, 64  # of k-means, at most
-_FEWEST_SAMPLES = 8  # for a code of `vq`
+_FEWEST_SAMPLES, _MOST_CODES = 8, 4096  # for a code of `vq`; of a codebook, for k-means' time
 _ELEMENTS = 2**23  # distances at a time
 
 
@@ -73,11 +73,13 @@ def token_bridge(
 def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:
   """A codebook of vectors for each group of coordinates, by k-means.
 
-  A codebook has as many codes as a token, or the square root or a higher one of that if there are
-  too few samples for so many; then a token holds several. A coordinate that needs more is alone.
+  A codebook has as many codes as a token, or the square root or a higher one of that where so many
+  are too many for the samples or for k-means; then a token holds several. A coordinate that needs
+  more is alone.
   """
   roots = (math.floor(budget.codes ** (1 / n) + 1e-9) for n in itertools.count(1))
-  most = next(k for k in roots if k * _FEWEST_SAMPLES <= len(x) or k <= 2)
+  at_most = max(2, min(_MOST_CODES, len(x) // _FEWEST_SAMPLES))
+  most = next(k for k in roots if k <= at_most)
   groups = _groups(variances, budget, most)
   factors = [Factor(g, _codes(x[:, g], k)) for g, k in groups]
   tokens = coding.pack([math.log2(k) for _, k in groups], math.log2(budget.codes))

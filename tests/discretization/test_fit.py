@@ -64,6 +64,14 @@ def test_methods_keep_the_budget_and_beat_the_mean(method):
   assert list(found.compared) == ([1] if method == "token-bridge" else [1, 2, 4])
 
 
+def test_a_codebook_has_no_more_codes_than_k_means_can_find_in_time(monkeypatch):
+  monkeypatch.setattr(codebooks, "_MOST_CODES", 100)
+  config = fit(LATENTS, WHITE, bits=200.0, codes=256, method="vq", block=1).config
+  factors = [f for level in config.levels for f in level]
+  assert all(f.codes <= 16 for f in factors if f.coordinates.stop - f.coordinates.start > 1)
+  assert max(config.level_codes) > 64 and len(factors) > len(config.levels)
+
+
 def test_more_bits_and_fitting_blocks_are_better():
   errors = [fit(LATENTS, WHITE, bits=b, codes=64, block=2).error for b in (32.0, 64.0, 128.0)]
   assert errors[0] > errors[1] > errors[2]
