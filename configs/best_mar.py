@@ -10,8 +10,9 @@ Make the tokenizer first, of the bits of 680 tokens of 65,536 codes or of half a
 `configs/best_mar.py` adapts the decoder to the first, `:half` to the second; their tokens stay as
 they are. `:data` trains the third, the paper's quantizer from data, and its VAE's adapters.
 
-A generator on tokens of the first two takes `configs/maskgit.py` with
-`--config.model.embedding=factors`: a table of all codes of all levels would have millions of rows.
+A token of the first two is a pair of codes of 256 each. A generator on them takes
+`configs/maskgit.py` with `--config.model.embedding=factors`: a table of all codes of all levels
+would have millions of rows.
 """
 
 from coda_jax import config as c
