@@ -201,7 +201,7 @@ def test_equal_bits(tmp_path, monkeypatch, arg, every_bits, size):
   monkeypatch.chdir(tmp_path)
   vae, quantizer = VAEConfig(ch_mult=(1, 1, 2)), QuantizerConfig(1024, (1, size // 4))
   shape = dataclasses.asdict(TokenizerConfig(vae, quantizer, image_size=size))
-  for start, bits in itertools.product(("free", "data"), every_bits):
+  for start, bits in itertools.product(("vq", "free", "data"), every_bits):
     name = f"{start}_{bits}"
     (tmp_path / "demo" / name).mkdir(parents=True)
     fields = {"format_version": 1, "kind": "tokenizer", "fingerprint": "", **shape}
@@ -213,7 +213,7 @@ def test_equal_bits(tmp_path, monkeypatch, arg, every_bits, size):
   for row, tokenizer in settings.items():
     assert tokenizer.image_size == size
     bits = int(row.rpartition("_")[2])
-    if (start := row.partition("_")[0]) in ("free", "data"):
+    if (start := row.partition("_")[0]) in ("vq", "free", "data"):
       assert tokenizer.start == f"demo/{start}_{bits}" and tokenizer.lora
     else:
       wanted = bits / 10 * math.log2(1000) if row.startswith("fsq") else bits
