@@ -2,9 +2,9 @@
 
 64x64 photos, one budget a row, at 6800 bits an image (the demo's 680 tokens of 10 bits) and at
 3400 (340 of them: four levels). The rows `vq_*`, `free_*` and `data_*` start from what
-`coda_jax.discretize` made of the same VAE: demo/vq_6800 and demo/vq_3400, with `--method lloyd-max`
-demo/free_6800 and demo/free_3400, and with `--method coda` demo/data_6800 and demo/data_3400
-(`--patch-sizes 2,4,8,16`).
+`coda_jax.discretize` made of the same VAE: demo/vq_6800 and demo/vq_3400 (`--images 4000`), with
+`--method lloyd-max` demo/free_6800 and demo/free_3400, and with `--method coda` demo/data_6800 and
+demo/data_3400 (`--patch-sizes 2,4,8,16`).
 `--config.base.KEY=...` changes every row, as `--config.base.steps=1500`.
 
 `configs/equal_bits.py:photos` has the rows that matter there at as many bits a pixel, on 256x256
