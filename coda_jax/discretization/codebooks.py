@@ -45,8 +45,8 @@ def lloyd_max(
   del variances
   sources = [coding.LloydMax(column) for column in x.T]
   counts = coding.allocate(sources, budget.bits, min(budget.codes, _MOST_LEVELS))
-  levels = {i: sources[i].levels(n) for i, n in enumerate(counts)}
-  return _packed(levels, budget.codes)
+  factors = [Factor([i], sources[i].levels(n)[:, None]) for i, n in enumerate(counts)]
+  return _packed(factors, budget.codes)
 
 
 def token_bridge(
@@ -67,7 +67,7 @@ def token_bridge(
   normal = statistics.NormalDist()
   density = [0.0, *(normal.pdf(normal.inv_cdf(i / n)) for i in range(1, n)), 0.0]
   levels = -n * np.diff(density)
-  return _packed({i: levels for i in range(x.shape[1])}, budget.codes)
+  return _packed([Factor([i], levels[:, None]) for i in range(x.shape[1])], budget.codes)
 
 
 def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: Budget) -> Levels:
@@ -80,10 +80,8 @@ def vq(x: Float[np.ndarray, "n d"], variances: Float[np.ndarray, "d"], budget: B
   roots = (math.floor(budget.codes ** (1 / n) + 1e-9) for n in itertools.count(1))
   at_most = max(2, min(_MOST_CODES, len(x) // _FEWEST_SAMPLES))
   most = next(k for k in roots if k <= at_most)
-  groups = _groups(variances, budget, most)
-  factors = [Factor(g, _codes(x[:, g], k)) for g, k in groups]
-  tokens = coding.pack([math.log2(k) for _, k in groups], math.log2(budget.codes))
-  return [[factors[i] for i in token] for token in tokens]
+  factors = [Factor(g, _codes(x[:, g], k)) for g, k in _groups(variances, budget, most)]
+  return _packed(factors, budget.codes)
 
 
 def gaussian(
@@ -123,10 +121,10 @@ def quantized(
   return out
 
 
-def _packed(levels: dict[int, np.ndarray], most: int) -> Levels:
-  sizes = [math.log2(len(levels[i])) for i in sorted(levels)]
-  groups = coding.pack(sizes, math.log2(most))
-  return [[Factor([i], levels[i][:, None]) for i in group] for group in groups]
+def _packed(factors: Sequence[Factor], most: int) -> Levels:
+  """Tokens of at most `most` codes, each a product of factors; those of one code are left out."""
+  tokens = coding.pack([math.log2(len(f.codes)) for f in factors], math.log2(most))
+  return [[factors[i] for i in token] for token in tokens]
 
 
 def _groups(variances: np.ndarray, budget: Budget, most: int) -> list[tuple[list[int], int]]:

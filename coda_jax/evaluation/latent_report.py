@@ -48,14 +48,13 @@ def _codes(run: Run, suffix: str, figure: Callable[..., str]) -> str:
   x = run.latents
   stops = _stops(len(x.quantized))
   plot = latent_plots.codes_plot(x.level_inputs, x.codes, x.values, x.usage, stops)
-  some = f" {len(x.codes):,} of {x.usage.codebook_size:,} codes are drawn."
   text = (
     "The codes (what each adds to the latents) over the vectors they are looked up for, in one "
     "plane for all panels: first the inputs of all levels, then of single ones. Codes should "
     "cover the cloud. Used and unused refer to the tokens of the same images."
-    + some
-    * (len(x.codes) < x.usage.codebook_size)
   )
+  if len(x.codes) < x.usage.codebook_size:
+    text += f" {len(x.codes):,} of {x.usage.codebook_size:,} codes are drawn."
   return figure(f"pca_codes{suffix}.png", plot, "codes over latents", text=text)
 
 
